@@ -1,0 +1,97 @@
+"""The canonical tables: what an event, a video, a user and a follow are, column by column.
+
+Every adapter writes these and everything downstream reads only these. Units are in the names; ids are opaque
+signed 64-bit integers; a null means "not logged", never "zero".
+"""
+
+from __future__ import annotations
+
+import pyarrow as pa
+
+SIGNALS: tuple[str, ...] = ("click", "long_view", "like", "follow", "comment", "share", "profile_enter", "hate")
+"""Feedback signals of an impression, one nullable int8 column (0 or 1) each; the order is the bit order of feedback codes."""
+
+EVENTS = pa.schema(
+    [
+        pa.field("request_id", pa.string(), nullable=False),
+        pa.field("user_id", pa.int64(), nullable=False),
+        pa.field("video_id", pa.int64(), nullable=False),
+        pa.field("author_id", pa.int64()),
+        pa.field("ts_ms", pa.int64(), nullable=False),
+        pa.field("surface", pa.string()),
+        pa.field("slot", pa.int32()),
+        pa.field("source", pa.string()),
+        pa.field("connected", pa.bool_()),
+        pa.field("policy_id", pa.string()),
+        pa.field("propensity", pa.float64()),
+        pa.field("bundle_version", pa.string()),
+        pa.field("watch_ms", pa.int64()),
+        pa.field("duration_ms", pa.int64()),
+        *[pa.field(signal, pa.int8()) for signal in SIGNALS],
+    ]
+)
+"""One row an impression. Stored as `events/date=YYYY-MM-DD/*.parquet`; `slot` counts from 0; `propensity` is the
+probability of this video in this slot given the slots before it, null when the logger did not record it."""
+
+VIDEOS = pa.schema(
+    [
+        pa.field("video_id", pa.int64(), nullable=False),
+        pa.field("author_id", pa.int64()),
+        pa.field("upload_ts_ms", pa.int64()),
+        pa.field("duration_ms", pa.int64()),
+        pa.field("music_id", pa.int64()),
+        pa.field("video_type", pa.string()),
+        pa.field("upload_type", pa.string()),
+        pa.field("tags", pa.list_(pa.int64())),
+        pa.field("content", pa.list_(pa.float32())),
+        pa.field("eligible", pa.bool_(), nullable=False),
+    ]
+)
+"""One row a video. `content` is a content embedding of one width in the whole table, or null throughout."""
+
+USERS = pa.schema([pa.field("user_id", pa.int64(), nullable=False)])
+"""One row a user: the id, then any string, integer or float columns; the feature spec says which are used."""
+
+FOLLOWS = pa.schema(
+    [
+        pa.field("user_id", pa.int64(), nullable=False),
+        pa.field("author_id", pa.int64(), nullable=False),
+        pa.field("ts_ms", pa.int64()),
+    ]
+)
+"""One row a follow; a null time means it was there before the log began."""
+
+UNDATED = pa.schema(
+    [
+        pa.field("user_id", pa.int64(), nullable=False),
+        pa.field("video_id", pa.int64(), nullable=False),
+        pa.field("position", pa.int32(), nullable=False),
+        *[pa.field(signal, pa.int8()) for signal in SIGNALS],
+    ]
+)
+"""Impressions known to precede every dated event, in order of `position` within a user but without times.
+They seed histories and counters; they are never evaluated on."""
+
+CANDIDATES = pa.schema(
+    [
+        pa.field("request_id", pa.string(), nullable=False),
+        pa.field("user_id", pa.int64(), nullable=False),
+        pa.field("ts_ms", pa.int64(), nullable=False),
+        pa.field("surface", pa.string()),
+        pa.field("video_ids", pa.list_(pa.int64()), nullable=False),
+    ]
+)
+"""One row a request whose logger recorded what it chose from: the candidate set that replay re-ranks."""
+
+QUARANTINE_REASON = "reason"
+"""Extra column of a quarantine table (`quarantine/TABLE.parquet`): why the row was set aside."""
+
+TABLES: dict[str, pa.Schema] = {
+    "events": EVENTS,
+    "videos": VIDEOS,
+    "users": USERS,
+    "follows": FOLLOWS,
+    "undated": UNDATED,
+    "candidates": CANDIDATES,
+}
+"""Layout of a dataset folder: `events/date=*/*.parquet`, and `NAME.parquet` for each other table that exists."""

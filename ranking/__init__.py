@@ -1,0 +1,1 @@
+"""From about a thousand candidates to one value each: multi-task DLRM, calibration, value model, diversity."""

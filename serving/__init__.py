@@ -1,0 +1,1 @@
+"""One request: hydrate, retrieve, filter, rank, arrange, respond; and the gRPC server in front of it."""

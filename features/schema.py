@@ -9,7 +9,7 @@ from __future__ import annotations
 import pyarrow as pa
 
 SIGNALS: tuple[str, ...] = ("click", "long_view", "like", "follow", "comment", "share", "profile_enter", "hate")
-"""Feedback signals of an impression, one nullable int8 column (0 or 1) each; the order is the bit order of feedback codes."""
+"""Feedback signals of an impression, one nullable int8 column (0 or 1) each; their order is the bit order of a mask."""
 
 EVENTS = pa.schema(
     [

@@ -1,0 +1,232 @@
+"""Training data as memory-mapped arrays: encoded users and videos, histories, counters, and one example an impression.
+
+E examples, S signals. Built once from the canonical tables, opened by every training worker and by evaluation; all
+workers on a machine share its pages.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from features.counters import DailyCounters, count_days
+from features.entities import Entities
+from features.history import UNDATED_TS_MS, HistoryLog, signal_bits, watch_fraction
+from features.inputs import UNKNOWN_UPLOAD, Inputs, UserRows, assemble
+from features.schema import SIGNALS
+from features.spec import FeatureSpec
+from features.transforms import Encoder
+
+
+@dataclass(frozen=True, slots=True)
+class Examples:
+    """Dated impressions in the order of the canonical table (by date, then file order)."""
+
+    user_row: np.ndarray
+    video_row: np.ndarray
+    ts_ms: np.ndarray
+    day: np.ndarray
+    """(E,) int64, index into `Dataset.dates`."""
+    history_end: np.ndarray
+    """(E,) int64, position in the history log one past the last event the impression may see."""
+    surface: np.ndarray
+    slot: np.ndarray
+    signals: np.ndarray
+    """(E, S) float32, NaN for not logged."""
+    watch_ms: np.ndarray
+    """(E,) float32, NaN for not logged."""
+    duration_ms: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.user_row)
+
+
+@dataclass(frozen=True, slots=True)
+class Dataset:
+    """Everything a training task or an evaluation reads."""
+
+    encoder: Encoder
+    users: Entities
+    videos: Entities
+    upload_ts_ms: np.ndarray
+    """(videos + 1,) int64 by video row; UNKNOWN_UPLOAD where not known."""
+    author_id: np.ndarray
+    """(videos + 1,) int64 by video row; 0 where not known."""
+    eligible: np.ndarray
+    """(videos + 1,) bool by video row."""
+    history: HistoryLog
+    counters: DailyCounters
+    examples: Examples
+    dates: tuple[str, ...]
+
+    @classmethod
+    def build(
+        cls,
+        spec: FeatureSpec,
+        *,
+        users: pa.Table,
+        videos: pa.Table,
+        events: pa.Table,
+        undated: pa.Table | None,
+        train_dates: tuple[str, ...],
+        author_feature: str = "author_id",
+        tag_feature: str = "tags",
+    ) -> Dataset:
+        """Encode the canonical tables. `events` carries a `date` column (string); the encoder is fitted on, and
+        known ids are taken from, the training dates (and undated impressions) alone."""
+        dates = tuple(sorted(set(events["date"].to_pylist())))
+        in_training = pa.array(np.isin(np.array(events["date"].to_pylist()), np.array(train_dates)))
+        seen_users = [_ids(events.filter(in_training), "user_id")]
+        seen_videos = [_ids(events.filter(in_training), "video_id")]
+        if undated is not None:
+            undated = undated.sort_by([("user_id", "ascending"), ("position", "ascending")])
+            seen_users.append(_ids(undated, "user_id"))
+            seen_videos.append(_ids(undated, "video_id"))
+        encoder = Encoder.fit(
+            spec, users, videos, seen_users=np.concatenate(seen_users), seen_videos=np.concatenate(seen_videos)
+        )
+        user_rows, video_rows = encoder.users(users), encoder.videos(videos)
+        return _with_events(encoder, user_rows, video_rows, videos, events, undated, dates, author_feature, tag_feature)
+
+    def rows_on(self, dates: tuple[str, ...]) -> np.ndarray:
+        """Examples of these dates (row numbers, ascending)."""
+        wanted = [self.dates.index(date) for date in dates]
+        return np.flatnonzero(np.isin(self.examples.day, wanted))
+
+    def inputs(self, rows_B: np.ndarray, *, extra_rows_X: np.ndarray | None = None, with_slot: bool = True) -> Inputs:
+        """One context and one candidate an example; `with_slot=False` hides the slot, as serving does."""
+        e = self.examples
+        video_row = e.video_row[rows_B]
+        slots = e.slot[rows_B] if with_slot else np.zeros(len(rows_B), np.int64)
+        return assemble(
+            user=UserRows.take(self.users, e.user_row[rows_B]),
+            user_counters_BC=self.counters.user(e.day[rows_B], e.user_row[rows_B]),
+            surface_B=e.surface[rows_B],
+            now_ms_B=e.ts_ms[rows_B],
+            history=self.history.windows(e.user_row[rows_B], e.history_end[rows_B], self.encoder.spec.history_length),
+            videos=self.videos,
+            candidate_rows_N=video_row,
+            owner_N=np.arange(len(rows_B)),
+            candidate_counters_NC=self.counters.video(e.day[rows_B], video_row),
+            candidate_upload_ts_ms_N=self.upload_ts_ms[video_row],
+            slot_N=slots,
+            extra_rows_X=extra_rows_X,
+        )
+
+    def save(self, folder: Path) -> None:
+        """Write everything as .npy and .json into `folder` (created)."""
+        folder.mkdir(parents=True, exist_ok=True)
+        self.encoder.save(folder)
+        self.users.save(folder, "users")
+        self.videos.save(folder, "videos")
+        self.history.save(folder)
+        self.counters.save(folder)
+        for name in ("upload_ts_ms", "author_id", "eligible"):
+            np.save(folder / f"videos_{name}.npy", getattr(self, name), allow_pickle=False)
+        for field in fields(Examples):
+            np.save(folder / f"examples_{field.name}.npy", getattr(self.examples, field.name), allow_pickle=False)
+        (folder / "dates.json").write_text(json.dumps(self.dates))
+
+    @classmethod
+    def load(cls, folder: Path) -> Dataset:
+        """Memory-map what `save` wrote."""
+        encoder = Encoder.load(folder)
+
+        def array(name: str) -> np.ndarray:
+            return np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False)
+
+        return cls(
+            encoder=encoder,
+            users=Entities.load(folder, "users", encoder.columns("user")),
+            videos=Entities.load(folder, "videos", encoder.columns("video")),
+            upload_ts_ms=array("videos_upload_ts_ms"),
+            author_id=array("videos_author_id"),
+            eligible=array("videos_eligible"),
+            history=HistoryLog.load(folder),
+            counters=DailyCounters.load(folder),
+            examples=Examples(**{f.name: array(f"examples_{f.name}") for f in fields(Examples)}),
+            dates=tuple(json.loads((folder / "dates.json").read_text())),
+        )
+
+
+def signals_of(table: pa.Table) -> np.ndarray:
+    """Signal columns -> (rows, S) float32, NaN for null."""
+    return np.stack([table[s].cast(pa.float32()).to_numpy().astype(np.float32) for s in SIGNALS], axis=1)
+
+
+def _with_events(
+    encoder: Encoder,
+    users: Entities,
+    videos: Entities,
+    video_table: pa.Table,
+    events: pa.Table,
+    undated: pa.Table | None,
+    dates: tuple[str, ...],
+    author_feature: str,
+    tag_feature: str,
+) -> Dataset:
+    n = events.num_rows
+    user_row, video_row = users.rows_of(_ids(events, "user_id")), videos.rows_of(_ids(events, "video_id"))
+    ts_ms, day = _ids(events, "ts_ms"), np.searchsorted(np.array(dates), np.array(events["date"].to_pylist()))
+    signals, watch, duration = signals_of(events), _floats(events, "watch_ms"), _floats(events, "duration_ms")
+    past_users, past_videos = np.zeros(0, np.int64), np.zeros(0, np.int64)
+    past_signals = np.zeros((0, len(SIGNALS)), np.float32)
+    if undated is not None:
+        past_users, past_videos = users.rows_of(_ids(undated, "user_id")), videos.rows_of(_ids(undated, "video_id"))
+        past_signals = signals_of(undated)
+    history = HistoryLog.build(
+        n_users=len(users),
+        user_row=np.concatenate([past_users, user_row]),
+        video_row=np.concatenate([past_videos, video_row]),
+        ts_ms=np.concatenate([np.full(len(past_users), UNDATED_TS_MS), ts_ms]),
+        signals=signal_bits(np.concatenate([past_signals, signals])),
+        watch_fraction=np.concatenate([np.zeros(len(past_users), np.float32), watch_fraction(watch, duration)]),
+    )
+    counters = count_days(
+        users=users,
+        videos=videos,
+        author_feature=author_feature,
+        tag_feature=tag_feature,
+        n_days=len(dates),
+        day_N=np.concatenate([np.full(len(past_users), -1), day]),
+        user_row_N=np.concatenate([past_users, user_row]),
+        video_row_N=np.concatenate([past_videos, video_row]),
+        signals_NS=np.concatenate([past_signals, signals]),
+    )
+    examples = Examples(
+        user_row=user_row,
+        video_row=video_row,
+        ts_ms=ts_ms,
+        day=day.astype(np.int64),
+        history_end=history.ends_at(user_row, ts_ms),
+        surface=encoder.surface_rows(events["surface"].to_pylist()),
+        slot=encoder.slot_rows(events["slot"].fill_null(-1).to_numpy()) if n else np.zeros(0, np.int64),
+        signals=signals,
+        watch_ms=watch,
+        duration_ms=duration,
+    )
+    by_id = video_table.sort_by("video_id")
+    return Dataset(
+        encoder=encoder,
+        users=users,
+        videos=videos,
+        upload_ts_ms=np.concatenate([[UNKNOWN_UPLOAD], _ids(by_id, "upload_ts_ms", null=UNKNOWN_UPLOAD)]),
+        author_id=np.concatenate([[0], _ids(by_id, "author_id")]),
+        eligible=np.concatenate([[False], by_id["eligible"].to_numpy(zero_copy_only=False)]),
+        history=history,
+        counters=counters,
+        examples=examples,
+        dates=dates,
+    )
+
+
+def _ids(table: pa.Table, column: str, null: int = 0) -> np.ndarray:
+    return table[column].fill_null(null).to_numpy().astype(np.int64, copy=False)
+
+
+def _floats(table: pa.Table, column: str) -> np.ndarray:
+    return table[column].cast(pa.float32()).to_numpy().astype(np.float32)

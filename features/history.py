@@ -1,0 +1,160 @@
+"""Point-in-time histories: the last L videos of a user before an instant, with what the user did.
+
+M events in the log, B queries, L history length. A window never contains an event at or after its instant, so that
+deleting the future changes no feature; undated events come before every dated one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import numpy as np
+
+from features.schema import SIGNALS
+
+UNDATED_TS_MS = -(2**62)
+"""Time of an event that is known to precede the log; its gap to any request is unknown (bucket 0)."""
+
+GAP_BUCKETS = 24
+"""Gap buckets: 0 unknown or padding, then log2 of seconds, capped at 2^22 s (48 days)."""
+
+
+@dataclass(frozen=True, slots=True)
+class HistoryWindow:
+    """B windows, oldest first; positions at and beyond `length` are padding (video row 0)."""
+
+    video_row_BL: np.ndarray
+    """(B, L) int64 rows of `Entities`."""
+    signals_BL: np.ndarray
+    """(B, L) uint8, bit s set where signal s of SIGNALS was given."""
+    watch_fraction_BL: np.ndarray
+    """(B, L) float32 watch time over duration, clipped to 0 .. 2; 0 where not logged."""
+    ts_ms_BL: np.ndarray
+    """(B, L) int64."""
+    length_B: np.ndarray
+    """(B,) int64."""
+
+    def gap_bucket(self, now_ms_B: np.ndarray) -> np.ndarray:
+        """Time from each event to the request (B, L) int64, as log2 buckets of seconds."""
+        return gap_bucket(np.asarray(now_ms_B)[:, None], self.ts_ms_BL, self.mask_BL)
+
+    @property
+    def mask_BL(self) -> np.ndarray:
+        """(B, L) bool, True where there is an event."""
+        return np.arange(self.video_row_BL.shape[1])[None, :] < self.length_B[:, None]
+
+
+def gap_bucket(later_ms: np.ndarray, earlier_ms: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """Log2 buckets of the seconds between two times; 0 where `mask` is False or the earlier time is undated."""
+    known = mask & (earlier_ms != UNDATED_TS_MS)
+    gap_s = np.where(known, later_ms - np.where(known, earlier_ms, 0), 0) / 1000.0
+    bucket = 1 + np.floor(np.log2(np.maximum(gap_s, 1.0))).astype(np.int64)
+    return np.where(known, np.minimum(bucket, GAP_BUCKETS - 1), 0)
+
+
+def signal_bits(signals_NS: np.ndarray) -> np.ndarray:
+    """Signals (N, S) in SIGNALS' order, 0, 1 or NaN for not logged -> bit masks (N,) uint8."""
+    given = np.nan_to_num(signals_NS) > 0
+    return (given.astype(np.uint8) << np.arange(len(SIGNALS), dtype=np.uint8)).sum(axis=1).astype(np.uint8)
+
+
+def unpack_signals(bits: np.ndarray) -> np.ndarray:
+    """Bit masks (...,) uint8 -> float32 (..., S)."""
+    return ((bits[..., None] >> np.arange(len(SIGNALS), dtype=np.uint8)) & 1).astype(np.float32)
+
+
+def watch_fraction(watch_ms: np.ndarray, duration_ms: np.ndarray) -> np.ndarray:
+    """Share of the video that was watched, clipped to 0 .. 2; 0 where either is missing (NaN or no duration)."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        fraction = np.asarray(watch_ms, dtype=np.float64) / np.asarray(duration_ms, dtype=np.float64)
+    return np.clip(np.where(np.isfinite(fraction), fraction, 0.0), 0.0, 2.0).astype(np.float32)
+
+
+@dataclass(frozen=True, slots=True)
+class HistoryLog:
+    """All events by user, then time. User row u owns positions user_start[u] .. user_start[u+1]-1."""
+
+    user_start: np.ndarray
+    """(n_users + 2,) int64; row 0 (the unknown user) is empty."""
+    video_row: np.ndarray
+    signals: np.ndarray
+    watch_fraction: np.ndarray
+    ts_ms: np.ndarray
+
+    @classmethod
+    def build(
+        cls,
+        *,
+        n_users: int,
+        user_row: np.ndarray,
+        video_row: np.ndarray,
+        ts_ms: np.ndarray,
+        signals: np.ndarray,
+        watch_fraction: np.ndarray,
+    ) -> HistoryLog:
+        """Sort M events by (user, time, input order); events of the unknown user (row 0) are left out."""
+        order = np.lexsort((np.arange(len(ts_ms)), ts_ms, user_row))
+        order = order[user_row[order] > 0]
+        counts = np.bincount(user_row[order], minlength=n_users + 1)
+        return cls(
+            user_start=np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
+            video_row=video_row[order].astype(np.int64),
+            signals=signals[order].astype(np.uint8),
+            watch_fraction=watch_fraction[order].astype(np.float32),
+            ts_ms=ts_ms[order].astype(np.int64),
+        )
+
+    def ends_at(self, user_row_B: np.ndarray, ts_ms_B: np.ndarray) -> np.ndarray:
+        """Position one past the user's last event strictly before the instant (B,) int64.
+
+        One merge sort of queries and events: O((M + B) log(M + B)) for all queries together.
+        """
+        n_events, n_queries = len(self.ts_ms), len(user_row_B)
+        owner = np.repeat(np.arange(len(self.user_start) - 1), np.diff(self.user_start))
+        is_event = np.concatenate([np.ones(n_events, np.int8), np.zeros(n_queries, np.int8)])
+        order = np.lexsort(
+            (is_event, np.concatenate([self.ts_ms, ts_ms_B]), np.concatenate([owner, np.asarray(user_row_B)]))
+        )
+        events_before = np.cumsum(is_event[order])
+        ends = np.empty(n_events + n_queries, dtype=np.int64)
+        ends[order] = events_before
+        return np.where(np.asarray(user_row_B) > 0, ends[n_events:], 0)
+
+    def windows(self, user_row_B: np.ndarray, ends_B: np.ndarray, length: int) -> HistoryWindow:
+        """The last `length` events before each end."""
+        starts_B = np.maximum(self.user_start[user_row_B], ends_B - length)
+        starts_B = np.minimum(starts_B, ends_B)
+        at_BL = starts_B[:, None] + np.arange(length)[None, :]
+        mask_BL = at_BL < ends_B[:, None]
+        at_BL = np.where(mask_BL, at_BL, 0)
+        if len(self.ts_ms) == 0:
+            return empty_window(len(ends_B), length)
+        return HistoryWindow(
+            video_row_BL=np.where(mask_BL, self.video_row[at_BL], 0),
+            signals_BL=np.where(mask_BL, self.signals[at_BL], 0).astype(np.uint8),
+            watch_fraction_BL=np.where(mask_BL, self.watch_fraction[at_BL], 0).astype(np.float32),
+            ts_ms_BL=np.where(mask_BL, self.ts_ms[at_BL], UNDATED_TS_MS),
+            length_B=(ends_B - starts_B).astype(np.int64),
+        )
+
+    def save(self, folder: Path) -> None:
+        """Write `history_FIELD.npy` for each field into an existing folder."""
+        for field in fields(self):
+            np.save(folder / f"history_{field.name}.npy", getattr(self, field.name), allow_pickle=False)
+
+    @classmethod
+    def load(cls, folder: Path) -> HistoryLog:
+        """Memory-map what `save` wrote."""
+        return cls(**{f.name: np.load(folder / f"history_{f.name}.npy", mmap_mode="r") for f in fields(cls)})
+
+
+def empty_window(n: int, length: int) -> HistoryWindow:
+    """Windows of users without history."""
+    return HistoryWindow(
+        video_row_BL=np.zeros((n, length), np.int64),
+        signals_BL=np.zeros((n, length), np.uint8),
+        watch_fraction_BL=np.zeros((n, length), np.float32),
+        ts_ms_BL=np.full((n, length), UNDATED_TS_MS, np.int64),
+        length_B=np.zeros(n, np.int64),
+    )

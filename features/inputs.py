@@ -1,0 +1,117 @@
+"""Model inputs in numpy, assembled by one function for training and serving alike.
+
+B contexts (a user at an instant), N candidates (each owned by one context), L history, U distinct videos of the
+batch: every video, in a history or as a candidate, is embedded once and referred to by its position in U.
+
+    contexts   0        1            candidates   owner 0 0 1
+    history    a b c    b            video        d e a
+    U = [unknown, a, b, c, d, e]     history_BL = [[1 2 3] [2 0 0]]   candidate_N = [4 5 1]
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from features.entities import Entities, SparseColumns
+from features.history import HistoryWindow, unpack_signals
+
+
+@dataclass(frozen=True, slots=True)
+class UserRows:
+    """Encoded users of B contexts, as gathered from `Entities` or encoded on the fly."""
+
+    sparse_BW: np.ndarray
+    dense_BD: np.ndarray
+    columns: SparseColumns
+
+    @classmethod
+    def take(cls, users: Entities, rows_B: np.ndarray) -> UserRows:
+        """Gather rows (0 = unknown user)."""
+        return cls(np.asarray(users.sparse[rows_B]), np.asarray(users.dense[rows_B]), users.columns)
+
+
+@dataclass(frozen=True, slots=True)
+class Inputs:
+    """One batch, framework-free."""
+
+    user_sparse_BW: np.ndarray
+    user_dense_BD: np.ndarray
+    """Dense features of the user, counters last."""
+    user_columns: SparseColumns
+    surface_B: np.ndarray
+    video_sparse_UW: np.ndarray
+    video_dense_UD: np.ndarray
+    video_columns: SparseColumns
+    history_BL: np.ndarray
+    """Positions in U; 0 is padding."""
+    history_signals_BLS: np.ndarray
+    history_watch_BL: np.ndarray
+    history_gap_BL: np.ndarray
+    history_length_B: np.ndarray
+    candidate_N: np.ndarray
+    """Positions in U."""
+    owner_N: np.ndarray
+    """Context of each candidate."""
+    candidate_dense_NC: np.ndarray
+    """Features of (candidate, instant): counters, and age at the request."""
+    slot_N: np.ndarray
+    extra_X: np.ndarray
+    """Positions in U of further videos (sampled negatives)."""
+
+
+AGE_WIDTH = 2
+"""Age features: log1p of hours since upload, and whether the upload time is known."""
+
+
+def age_features(now_ms_N: np.ndarray, upload_ts_ms_N: np.ndarray) -> np.ndarray:
+    """(N, AGE_WIDTH) float32; an upload time of UNKNOWN_UPLOAD (negative) gives zeros."""
+    known = upload_ts_ms_N >= 0
+    hours = np.where(known, np.maximum(now_ms_N - upload_ts_ms_N, 0), 0) / 3.6e6
+    return np.stack([np.log1p(hours) / 5.0, known], axis=1).astype(np.float32)
+
+
+UNKNOWN_UPLOAD = -1
+
+
+def assemble(
+    *,
+    user: UserRows,
+    user_counters_BC: np.ndarray,
+    surface_B: np.ndarray,
+    now_ms_B: np.ndarray,
+    history: HistoryWindow,
+    videos: Entities,
+    candidate_rows_N: np.ndarray,
+    owner_N: np.ndarray,
+    candidate_counters_NC: np.ndarray,
+    candidate_upload_ts_ms_N: np.ndarray,
+    slot_N: np.ndarray,
+    extra_rows_X: np.ndarray | None = None,
+) -> Inputs:
+    """Gather and deduplicate. Rows are rows of `videos` (0 = unknown); slots are rows of the slot table."""
+    extra = np.zeros(0, np.int64) if extra_rows_X is None else extra_rows_X
+    mentioned = np.concatenate([[0], history.video_row_BL.ravel(), candidate_rows_N, extra])
+    distinct_U, position = np.unique(mentioned, return_inverse=True)
+    n_history, n_candidates = history.video_row_BL.size, len(candidate_rows_N)
+    age_NA = age_features(np.asarray(now_ms_B)[owner_N], candidate_upload_ts_ms_N)
+    return Inputs(
+        user_sparse_BW=user.sparse_BW,
+        user_dense_BD=np.concatenate([user.dense_BD, user_counters_BC], axis=1).astype(np.float32),
+        user_columns=user.columns,
+        surface_B=surface_B,
+        video_sparse_UW=np.asarray(videos.sparse[distinct_U]),
+        video_dense_UD=np.asarray(videos.dense[distinct_U]),
+        video_columns=videos.columns,
+        history_BL=position[1 : 1 + n_history].reshape(history.video_row_BL.shape),
+        history_signals_BLS=unpack_signals(history.signals_BL),
+        history_watch_BL=history.watch_fraction_BL,
+        history_gap_BL=history.gap_bucket(now_ms_B),
+        history_length_B=history.length_B,
+        candidate_N=position[1 + n_history : 1 + n_history + n_candidates],
+        owner_N=np.asarray(owner_N, dtype=np.int64),
+        candidate_dense_NC=np.concatenate([candidate_counters_NC, age_NA], axis=1).astype(np.float32),
+        slot_N=slot_N,
+        extra_X=position[1 + n_history + n_candidates :],
+    )

@@ -115,3 +115,11 @@ def assemble(
         slot_N=slot_N,
         extra_X=position[1 + n_history + n_candidates :],
     )
+
+
+@dataclass(frozen=True, slots=True)
+class Collated:
+    """A training batch before tensors: inputs and what the loss compares them with."""
+
+    inputs: Inputs
+    targets: dict[str, np.ndarray]

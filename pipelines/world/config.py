@@ -1,0 +1,159 @@
+"""How large the simulated world is, how its people respond, and how its logger chooses.
+
+Every number that shapes the world stands here, and all of it is written to `world.json` beside the tables.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+DAY_MS = 86_400_000
+HOUR_MS = 3_600_000
+
+START_MS = 1_767_225_600_000
+"""2026-01-01 00:00 UTC: the first moment of day 0."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ResponseConfig:
+    """What makes a viewer like a video, and what a viewer who likes it does."""
+
+    topic_weight: float = 4.2
+    """Affinity gained between no match (cosine 0) and a perfect match (cosine 1) of taste and topics."""
+    topic_centre: float = 0.42
+    """Cosine at which the match neither adds to nor takes from the affinity."""
+    duration_weight: float = 0.35
+    """Affinity lost per squared log-ratio between a video's duration and the viewer's favourite duration."""
+    fan_bonus: float = 0.4
+    """Affinity added for authors the viewer followed before the log began."""
+    fresh_bonus: float = 0.3
+    """Affinity added at the moment of upload; fades with `fresh_hours`."""
+    fresh_hours: float = 36.0
+    """Hours after which the bonus of a fresh video has fallen to 1/e."""
+
+    examination_decay: float = 0.2
+    """The viewer looks at slot s with probability (s + 1) ** -examination_decay; else the video is swiped past."""
+    click_bias: float = 0.1
+    """Logit of staying beyond `skip_ms` (a click) at affinity 0, for a viewer who looks."""
+    click_slope: float = 1.15
+    """Logit of a click per unit of affinity."""
+    click_bait: float = 0.9
+    """Logit of a click per unit of clickbait."""
+    skip_ms: float = 2000.0
+    """A view shorter than this is a skip."""
+    skip_mean_ms: float = 900.0
+    """Mean of the exponential from which skips are drawn (cut at `skip_ms`)."""
+    patience_ms: float = 17_000.0
+    """Mean further watch time at affinity 0 on an endless loop of a 20 s video, for a viewer who clicked."""
+    patience_slope: float = 0.65
+    """Log patience per unit of affinity."""
+    patience_bait: float = -0.5
+    """Log patience per unit of clickbait: it disappoints."""
+    patience_duration: float = 0.5
+    """Patience grows as duration to this power: below 1, so longer videos get more seconds and less completion."""
+    rewatch_bias: float = -2.2
+    """Logit of starting again after the end at affinity 0; slope 0.5."""
+    long_view_ms: float = 18_000.0
+    """A long view is a watch of at least min(duration, this): KuaiRand's rule."""
+
+    reaction_logits: dict[str, tuple[float, float]] = field(
+        default_factory=lambda: {
+            "like": (-3.9, 1.1),
+            "comment": (-5.6, 0.8),
+            "share": (-5.9, 1.0),
+            "profile_enter": (-4.6, 0.8),
+            "follow": (-5.6, 0.9),
+            "hate": (-6.6, -0.8),
+        }
+    )
+    """Logit at affinity 0 and slope in affinity; given a click, except `hate`, which needs only a look."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LoggerConfig:
+    """The logging policy: where candidates come from and how a page is drawn from them."""
+
+    policy_id: str = "world-logger-v1"
+    source_shares: dict[str, float] = field(
+        default_factory=lambda: {"followed": 0.2, "personal": 0.4, "popular": 0.06, "fresh": 0.24, "uniform": 0.1}
+    )
+    """Share of the candidate draws by source."""
+    oversample: float = 1.5
+    """Draws per candidate wanted: duplicates, seen videos and empty draws fall away."""
+    view_noise: float = 0.15
+    """Standard deviation of the logger's error about each of a user's tastes: it is deliberately mediocre."""
+    match_weight: float = 2.5
+    """Weight of the believed topic match in the logger's score."""
+    rate_weight: float = 0.8
+    """Weight of the log of the smoothed long-view rate so far."""
+    followed_weight: float = 0.5
+    """Score added for candidates from followed authors."""
+    temperature: float = 0.5
+    """Plackett-Luce temperature over the scores."""
+    epsilon: float = 0.1
+    """Probability, at every slot, of a uniform choice among the candidates left."""
+    pool_power: float = 0.8
+    """Exposure of the personal and popular sources grows as popularity to this power."""
+    pool_age_days: float = 1.5
+    """Time constant of the decay of that exposure with a video's age."""
+    pool_age_floor: float = 0.06
+    """What is left of that exposure for old videos."""
+    fresh_hours: float = 36.0
+    """The fresh source draws among uploads of the last so many hours."""
+    followed_days: float = 7.0
+    """The followed source draws among uploads of the last so many days."""
+    memory: float = 0.75
+    """Share of yesterday's counters that the logger keeps each day."""
+    seen_buckets: int = 8192
+    """Buckets of each user's seen-filter, a power of two. A seen video never returns; a clash hides a few more."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WorldConfig:
+    """One world. Same config, same bytes."""
+
+    seed: int = 7
+    n_users: int = 1500
+    n_authors: int = 400
+    n_videos: int = 4000
+    n_days: int = 8
+    stock_days: int = 14
+    """Uploads start so many days before day 0, at the same rate as after it."""
+    requests_per_user_day: float = 2.4
+    max_requests_per_day: int = 12
+    page_size: int = 6
+    n_candidates: int = 40
+    candidate_days: int = 2
+    """The candidate sets of the last so many days are written to `candidates.parquet`."""
+    topics: int = 16
+    content_dim: int = 32
+    content_noise: float = 0.08
+    """Standard deviation of each coordinate's noise; the part that tells topics apart has norm about 1."""
+    mean_follows: float = 8.0
+    ineligible_share: float = 0.03
+    response: ResponseConfig = field(default_factory=ResponseConfig)
+    logger: LoggerConfig = field(default_factory=LoggerConfig)
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.page_size <= self.n_candidates:
+            raise ValueError(
+                f"WorldConfig.page_size is {self.page_size}: give 1 to n_candidates ({self.n_candidates}), "
+                "a page is drawn from its candidates"
+            )
+        if self.topics < 4:
+            raise ValueError(f"WorldConfig.topics is {self.topics}: give at least 4, users like up to 3 of them")
+        buckets = self.logger.seen_buckets
+        if buckets < 8 or buckets & (buckets - 1):
+            raise ValueError(f"LoggerConfig.seen_buckets is {buckets}: give a power of two of at least 8")
+
+
+SCALES: dict[str, WorldConfig] = {
+    "smoke": WorldConfig(),
+    "small": WorldConfig(
+        n_users=10_000, n_authors=4_000, n_videos=50_000, n_days=14, requests_per_user_day=3.0, mean_follows=10.0
+    ),
+    "full": WorldConfig(
+        n_users=100_000, n_authors=60_000, n_videos=1_000_000, n_days=14, requests_per_user_day=3.0, mean_follows=15.0
+    ),
+}
+"""The `--scale` dial: seconds, a minute, and an afternoon's training."""

@@ -1,0 +1,293 @@
+"""Runs the world day by day and writes the canonical tables, so that nothing downstream knows it is not real.
+
+A day is a few rounds: in round r every user who opens the feed an r-th time that day gets a page. Memory holds one
+day of events. B requests, S slots.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from features.schema import CANDIDATES, EVENTS, SIGNALS
+from pipelines.world.config import DAY_MS, HOUR_MS, START_MS, WorldConfig
+from pipelines.world.ids import opaque_ids
+from pipelines.world.logger import Candidates, Logger, draw_page
+from pipelines.world.population import Population, populate, stream
+from pipelines.world.responses import draw, engagement, examination
+from pipelines.world.tables import follows_table, list_column, users_table, videos_table
+
+SURFACE = "feed"
+
+_CHUNK = 20_000
+"""Requests at a time: bounds the memory of a round."""
+
+_SWIPE_MS = 300
+"""Between one video's end and the next one's start."""
+
+_PAUSE_MS = 5_000
+"""Least pause between two pages of a user."""
+
+_HOURLY = np.array([3, 2, 1, 1, 1, 2, 4, 6, 6, 5, 5, 6, 8, 8, 6, 5, 5, 6, 8, 10, 12, 12], dtype=np.float64)
+"""How often the feed is opened by hour of the day; nobody wants it after 22:00, so that a day's pages end in it."""
+
+_PARQUET = {"compression": "zstd", "write_page_checksum": True}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WorldSummary:
+    out_dir: Path
+    n_users: int
+    n_videos: int
+    n_follows: int
+    n_requests: int
+    n_events: int
+    rates: dict[str, float]
+    """Share of the impressions with each signal."""
+    mean_watch_ms: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Pages:
+    """A round's pages; shapes (B,), (B, S) and, for the candidates, (B, C)."""
+
+    user_B: np.ndarray
+    ts_ms_B: np.ndarray
+    candidates: Candidates
+    video_BS: np.ndarray
+    source_BS: np.ndarray
+    connected_BS: np.ndarray
+    propensity_BS: np.ndarray
+    ts_ms_BS: np.ndarray
+    outcome_BS: dict[str, np.ndarray]
+
+
+def generate(
+    config: WorldConfig, out_dir: Path, on_progress: Callable[[int, int, int], None] | None = None
+) -> WorldSummary:
+    """Write users, videos, follows, events, candidates and world.json under `out_dir`.
+
+    `on_progress(days_done, n_days, events_so_far)` is called after each day.
+    """
+    out_dir = Path(out_dir)
+    if (out_dir / "events").exists():
+        raise FileExistsError(f"{out_dir / 'events'} exists: a world is written to a folder without events; remove it")
+    out_dir.mkdir(parents=True, exist_ok=True)
+    world = populate(config)
+    pq.write_table(users_table(world.users), out_dir / "users.parquet", **_PARQUET)
+    pq.write_table(videos_table(config, world), out_dir / "videos.parquet", **_PARQUET)
+    logger = Logger(config, world)
+    totals, n_requests, n_events = dict.fromkeys((*SIGNALS, "watch_ms"), 0), 0, 0
+    followed: list[np.ndarray] = []
+    with pq.ParquetWriter(out_dir / "candidates.parquet", CANDIDATES, **_PARQUET) as candidates_file:
+        for day in range(config.n_days):
+            logger.start_day(day)
+            rounds = _run_day(config, world, logger, day)
+            request_ids = _request_ids(config, n_requests, rounds)
+            events = _events_table(config, world, logger, rounds, request_ids)
+            _write_day(events, out_dir, day)
+            if day >= config.n_days - config.candidate_days:
+                candidates_file.write_table(_candidates_table(world, rounds, request_ids))
+            followed.append(_day_follows(config, world, rounds))
+            _learn(logger, rounds, followed[-1][0])
+            n_requests, n_events = n_requests + sum(len(p.user_B) for p in rounds), n_events + events.num_rows
+            for name in totals:
+                totals[name] += sum(int(p.outcome_BS[name].sum()) for p in rounds)
+            if on_progress is not None:
+                on_progress(day + 1, config.n_days, n_events)
+    follows = follows_table(config, world, np.concatenate(followed, axis=1))
+    pq.write_table(follows, out_dir / "follows.parquet", **_PARQUET)
+    summary = WorldSummary(
+        out_dir=out_dir,
+        n_users=config.n_users,
+        n_videos=config.n_videos,
+        n_follows=follows.num_rows,
+        n_requests=n_requests,
+        n_events=n_events,
+        rates={name: totals[name] / max(n_events, 1) for name in SIGNALS},
+        mean_watch_ms=totals["watch_ms"] / max(n_events, 1),
+    )
+    _write_truth(config, summary)
+    return summary
+
+
+def _run_day(config: WorldConfig, world: Population, logger: Logger, day: int) -> list[_Pages]:
+    rng = stream(config, 7, day)
+    opens_ms_UR = _open_times(config, world, rng)
+    # A page that could run past midnight is not opened: its events would belong to two days.
+    last_start_ms = DAY_MS - config.page_size * (2 * int(world.videos.duration_ms_V.max()) + _SWIPE_MS)
+    free_from_ms_U = np.zeros(config.n_users)
+    rounds: list[_Pages] = []
+    for turn in range(opens_ms_UR.shape[1]):
+        start_ms_U = np.maximum(opens_ms_UR[:, turn], free_from_ms_U)
+        open_now = np.flatnonzero(start_ms_U <= last_start_ms)
+        for start in range(0, len(open_now), _CHUNK):
+            user_B = open_now[start : start + _CHUNK]
+            ts_ms_B = (START_MS + day * DAY_MS + start_ms_U[user_B]).astype(np.int64)
+            pages = _serve_pages(config, world, logger, user_B, ts_ms_B, rng)
+            end_ms_B = pages.ts_ms_BS[:, -1] + pages.outcome_BS["watch_ms"][:, -1]
+            free_from_ms_U[pages.user_B] = end_ms_B - START_MS - day * DAY_MS + _PAUSE_MS
+            rounds.append(pages)
+    return rounds
+
+
+def _open_times(config: WorldConfig, world: Population, rng: np.random.Generator) -> np.ndarray:
+    """(U, R) milliseconds into the day at which each user opens the feed, in order, infinite where not."""
+    count_U = np.minimum(rng.poisson(world.users.requests_per_day_U), config.max_requests_per_day)
+    reach = np.concatenate([[0.0], np.cumsum(_HOURLY)]) / _HOURLY.sum()
+    draw_UR = rng.random((config.n_users, config.max_requests_per_day))
+    opens_ms_UR = np.floor(np.interp(draw_UR, reach, np.arange(len(reach)) * HOUR_MS))
+    opens_ms_UR[np.arange(config.max_requests_per_day) >= count_U[:, None]] = np.inf
+    return np.sort(opens_ms_UR, axis=1)
+
+
+def _serve_pages(
+    config: WorldConfig,
+    world: Population,
+    logger: Logger,
+    user_B: np.ndarray,
+    ts_ms_B: np.ndarray,
+    rng: np.random.Generator,
+) -> _Pages:
+    c = logger.candidates(user_B, ts_ms_B, rng)
+    enough_B = c.valid_BC.sum(axis=1) >= config.page_size  # a user who has seen nearly everything gets no page
+    user_B, ts_ms_B = user_B[enough_B], ts_ms_B[enough_B]
+    c = Candidates(video_BC=c.video_BC[enough_B], source_BC=c.source_BC[enough_B], valid_BC=c.valid_BC[enough_B])
+    chosen_BS, propensity_BS = draw_page(
+        logger.scores(user_B, c), c.valid_BC, config.page_size, config.logger.epsilon, rng
+    )
+    video_BS = np.take_along_axis(c.video_BC, chosen_BS, axis=1)
+    user_BS = np.broadcast_to(user_B[:, None], video_BS.shape)
+    logger.show(user_BS, video_BS)
+    ts_ms_BS, outcomes, now_ms_B = np.empty_like(video_BS), [], ts_ms_B
+    for slot in range(config.page_size):
+        ts_ms_BS[:, slot] = now_ms_B
+        e = engagement(world, config, user_B, video_BS[:, slot], now_ms_B, np.full(len(user_B), slot))
+        outcomes.append(draw(e, config.response, rng))
+        now_ms_B = now_ms_B + outcomes[-1]["watch_ms"] + _SWIPE_MS
+    return _Pages(
+        user_B=user_B,
+        ts_ms_B=ts_ms_B,
+        candidates=c,
+        video_BS=video_BS,
+        source_BS=np.take_along_axis(c.source_BC, chosen_BS, axis=1),
+        connected_BS=logger.is_connected(user_BS, video_BS),
+        propensity_BS=propensity_BS,
+        ts_ms_BS=ts_ms_BS,
+        outcome_BS={name: np.stack([o[name] for o in outcomes], axis=1) for name in outcomes[0]},
+    )
+
+
+def _request_ids(config: WorldConfig, n_before: int, rounds: list[_Pages]) -> list[pa.Array]:
+    """A string array a round; opaque, so that no order can be read from them."""
+    ids: list[pa.Array] = []
+    for pages in rounds:
+        numbers = opaque_ids(len(pages.user_B), config.seed * 3 + 4, start=n_before)
+        ids.append(pa.array(np.char.mod("w%016x", numbers)))
+        n_before += len(pages.user_B)
+    return ids
+
+
+def _events_table(
+    config: WorldConfig, world: Population, logger: Logger, rounds: list[_Pages], request_ids: list[pa.Array]
+) -> pa.Table:
+    """A day's events in order of time."""
+    S = config.page_size
+    video = _flat([p.video_BS for p in rounds])
+    user = _flat([np.repeat(p.user_B, S) for p in rounds])
+    ts_ms = _flat([p.ts_ms_BS for p in rounds])
+    order = np.lexsort((user, ts_ms))
+    videos, n = world.videos, len(video)
+    request = pa.chunked_array(request_ids, pa.string()).take(pa.array(order // S))
+    source = pa.DictionaryArray.from_arrays(_flat([p.source_BS for p in rounds])[order], list(logger.source_names))
+    columns = {
+        "request_id": request,
+        "user_id": world.users.ids[user[order]],
+        "video_id": videos.ids[video[order]],
+        "author_id": world.authors.ids[videos.author_V[video[order]]],
+        "ts_ms": ts_ms[order],
+        "surface": pa.repeat(SURFACE, n),
+        "slot": (order % S).astype(np.int32),
+        "source": source.cast(pa.string()),
+        "connected": _flat([p.connected_BS for p in rounds])[order],
+        "policy_id": pa.repeat(config.logger.policy_id, n),
+        "propensity": _flat([p.propensity_BS for p in rounds])[order],
+        "bundle_version": pa.nulls(n, pa.string()),
+        "duration_ms": videos.duration_ms_V[video[order]],
+    }
+    for name in ("watch_ms", *SIGNALS):
+        columns[name] = _flat([p.outcome_BS[name] for p in rounds])[order]
+    return pa.table({field.name: columns[field.name] for field in EVENTS}, schema=EVENTS)
+
+
+def _candidates_table(world: Population, rounds: list[_Pages], request_ids: list[pa.Array]) -> pa.Table:
+    parts = [
+        pa.table(
+            {
+                "request_id": ids,
+                "user_id": world.users.ids[p.user_B],
+                "ts_ms": p.ts_ms_B,
+                "surface": pa.repeat(SURFACE, len(ids)),
+                "video_ids": list_column(
+                    world.videos.ids[p.candidates.video_BC[p.candidates.valid_BC]], p.candidates.valid_BC.sum(axis=1)
+                ),
+            },
+            schema=CANDIDATES,
+        )
+        for p, ids in zip(rounds, request_ids, strict=True)
+    ]
+    return pa.concat_tables(parts) if parts else CANDIDATES.empty_table()
+
+
+def _day_follows(config: WorldConfig, world: Population, rounds: list[_Pages]) -> np.ndarray:
+    """(2, F): user_row * n_authors + author_row, and the time, of the day's follow events in order of time."""
+    hit = _flat([p.outcome_BS["follow"] for p in rounds]).astype(bool)
+    user = _flat([np.repeat(p.user_B, config.page_size) for p in rounds])[hit]
+    author = world.videos.author_V[_flat([p.video_BS for p in rounds])[hit]]
+    ts_ms = _flat([p.ts_ms_BS for p in rounds])[hit]
+    order = np.argsort(ts_ms, kind="stable")
+    return np.stack([user * config.n_authors + author, ts_ms])[:, order]
+
+
+def _learn(logger: Logger, rounds: list[_Pages], follow_keys: np.ndarray) -> None:
+    long_view = _flat([p.outcome_BS["long_view"] for p in rounds])
+    logger.learn(_flat([p.video_BS for p in rounds]), long_view, follow_keys)
+
+
+def _flat(parts: list[np.ndarray]) -> np.ndarray:
+    return np.concatenate([part.ravel() for part in parts]) if parts else np.zeros(0, dtype=np.int64)
+
+
+def _write_day(events: pa.Table, out_dir: Path, day: int) -> None:
+    date = datetime.fromtimestamp((START_MS + day * DAY_MS) / 1000, UTC).strftime("%Y-%m-%d")
+    folder = out_dir / "events" / f"date={date}"
+    folder.mkdir(parents=True)
+    pq.write_table(events, folder / "part-0.parquet", **_PARQUET)
+
+
+def _write_truth(config: WorldConfig, summary: WorldSummary) -> None:
+    """world.json: what only the maker of a world can know."""
+    truth = {
+        "seed": config.seed,
+        "config": asdict(config),
+        "start_ts_ms": START_MS,
+        "examination_by_slot": examination(np.arange(config.page_size), config.response).tolist(),
+        "policy": asdict(config.logger),
+        "counts": {
+            "users": summary.n_users,
+            "videos": summary.n_videos,
+            "follows": summary.n_follows,
+            "requests": summary.n_requests,
+            "events": summary.n_events,
+        },
+        "rates": summary.rates,
+        "mean_watch_ms": summary.mean_watch_ms,
+    }
+    (summary.out_dir / "world.json").write_text(json.dumps(truth, indent=2) + "\n")

@@ -1,0 +1,47 @@
+"""The truth behind the log: the exact chance of every signal for any user, video, time and slot.
+
+For tests and for measuring how far a model is from perfect; nothing that trains or serves may read it. B pairs.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from pipelines.world.config import WorldConfig
+from pipelines.world.ids import IdIndex
+from pipelines.world.population import populate
+from pipelines.world.responses import affinity, engagement, probabilities
+
+
+class World:
+    """Rebuilt from the config (and so the seed) alone; reads no table."""
+
+    def __init__(self, config: WorldConfig) -> None:
+        self.config = config
+        self.population = populate(config)
+        self._user_index = IdIndex(self.population.users.ids, "user ids")
+        self._video_index = IdIndex(self.population.videos.ids, "video ids")
+
+    def affinity(self, user_ids: np.ndarray, video_ids: np.ndarray, ts_ms: np.ndarray) -> np.ndarray:
+        """Affinity of each (user, video) pair at its time. Arrays of one shape, or shapes that broadcast."""
+        user_B, video_B, ts_ms_B = self._pairs(user_ids, video_ids, ts_ms)
+        return affinity(self.population, self.config.response, user_B, video_B, ts_ms_B)
+
+    def oracle(
+        self, user_ids: np.ndarray, video_ids: np.ndarray, ts_ms: np.ndarray, slot: np.ndarray | int | None = None
+    ) -> dict[str, np.ndarray]:
+        """P(signal = 1) by signal and the expected `watch_ms`, float64.
+
+        Without slots: for a viewer who looks, which is slot 0. With slots: times the slot's examination.
+        """
+        user_B, video_B, ts_ms_B = self._pairs(user_ids, video_ids, ts_ms)
+        slot_B = np.broadcast_to(np.asarray(0 if slot is None else slot), user_B.shape)
+        parameters = engagement(self.population, self.config, user_B, video_B, ts_ms_B, slot_B)
+        return probabilities(parameters, self.config.response)
+
+    def _pairs(
+        self, user_ids: np.ndarray, video_ids: np.ndarray, ts_ms: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        user_B, video_B = self._user_index.rows(user_ids), self._video_index.rows(video_ids)
+        user_B, video_B, ts_ms_B = np.broadcast_arrays(user_B, video_B, np.asarray(ts_ms, dtype=np.int64))
+        return user_B, video_B, ts_ms_B

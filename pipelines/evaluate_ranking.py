@@ -1,0 +1,134 @@
+"""Per-task quality of the ranker on days it never saw, beside what it has to beat.
+
+N test impressions, T tasks. Scores are what serving would compute: slot hidden, probabilities calibrated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import polars as pl
+
+from features.dataset import Dataset
+from features.schema import SIGNALS
+from pipelines.baselines import FactorisationMachine, Popularity, RandomOrder
+from pipelines.metrics import (
+    auc,
+    calibration,
+    expected_calibration_error,
+    gauc,
+    kuairand_primary,
+    mae,
+    normalised_entropy,
+    reliability,
+    xauc,
+)
+from ranking.infer import Ranker
+
+CHUNK = 2048
+MIN_POSITIVES = 20
+"""A task with fewer positives on the test days has no AUC worth printing."""
+
+
+def score_examples(
+    dataset: Dataset, ranker: Ranker, rows_N: np.ndarray, on_progress: Callable[[int], None] | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """(probabilities (N, T), watch_ms (N,)) as serving would score each impression."""
+    probabilities, watch = [], []
+    for start in range(0, len(rows_N), CHUNK):
+        scores = ranker.score(dataset.inputs(rows_N[start : start + CHUNK], with_slot=False))
+        probabilities.append(scores.probability_NT)
+        watch.append(scores.watch_ms_N)
+        if on_progress:
+            on_progress(min(start + CHUNK, len(rows_N)))
+    return np.concatenate(probabilities), np.concatenate(watch)
+
+
+def evaluate_tasks(
+    dataset: Dataset,
+    rows_N: np.ndarray,
+    tasks: tuple[str, ...],
+    probability_NT: np.ndarray,
+    oracle: dict[str, np.ndarray] | None = None,
+) -> list[dict]:
+    """One row a task: counts, AUC, GAUC, normalised entropy, calibration, ECE; the oracle's AUC where known."""
+    e = dataset.examples
+    out = []
+    for t, task in enumerate(tasks):
+        labels = e.signals[rows_N, SIGNALS.index(task)]
+        logged = ~np.isnan(labels)
+        y, p, users = labels[logged], probability_NT[logged, t], e.user_row[rows_N][logged]
+        row: dict = {"task": task, "rows": int(logged.sum()), "positives": int(y.sum())}
+        if MIN_POSITIVES <= y.sum() <= len(y) - MIN_POSITIVES:
+            row |= {
+                "auc": auc(y, p),
+                "gauc": gauc(y, p, users),
+                "normalised_entropy": normalised_entropy(y, p),
+                "calibration": calibration(y, p),
+                "calibration_two_se": 2.0 / float(np.sqrt(y.sum())),
+                "ece": expected_calibration_error(y, p),
+            }
+            if oracle is not None:
+                row["oracle_auc"] = auc(y, oracle[task][logged])
+        out.append(row)
+    return out
+
+
+def evaluate_watch(dataset: Dataset, rows_N: np.ndarray, watch_ms_N: np.ndarray) -> dict:
+    """Watch time: mean absolute error in seconds and pair order, beside predicting the mean of the duration decile."""
+    actual, duration = dataset.examples.watch_ms[rows_N], dataset.examples.duration_ms[rows_N]
+    logged = ~np.isnan(actual) & ~np.isnan(duration)
+    y, p = actual[logged] / 1000.0, watch_ms_N[logged] / 1000.0
+    return {"rows": int(logged.sum()), "mae_s": mae(y, p), "xauc": xauc(y, p), "mean_s": float(y.mean())}
+
+
+def evaluate_protocol(
+    dataset: Dataset,
+    rows_N: np.ndarray,
+    score_N: np.ndarray,
+    *,
+    train_rows: np.ndarray,
+    events: pl.DataFrame,
+    videos: pl.DataFrame,
+    undated: pl.DataFrame | None,
+    signal: str = "long_view",
+    seed: int = 0,
+    progress: Callable[[str], None] = lambda _: None,
+) -> list[dict]:
+    """KuaiRand's protocol for one signal: the ranker, random order, popularity and factorisation machines.
+
+    `events` holds the same rows in the same order as the dataset's examples. A baseline marked "+ undated" also
+    trains on the undated impressions, whose counts and histories the ranker reads as features.
+    """
+    labels = dataset.examples.signals[rows_N, SIGNALS.index(signal)].astype(np.float64)
+    users = dataset.examples.user_row[rows_N]
+    test, train = events[rows_N], events[train_rows]
+    scores = {"reelrank ranker": score_N, "random": RandomOrder(seed).fit(train, signal).score(test)}
+    with_undated = _stack(undated, train, signal) if undated is not None else None
+    for name, rows in (("", train), (" + undated", with_undated)):
+        if rows is not None:
+            scores[f"popularity{name}"] = Popularity().fit(rows, signal).score(test)
+            machine = FactorisationMachine(videos, progress=progress)
+            scores[f"factorisation machine{name}"] = machine.fit(rows, signal).score(test)
+    out = []
+    for name, score in scores.items():
+        g, ndcg5, primary = kuairand_primary(labels, score, users, seed)
+        out.append({"name": name, "gauc": g, "ndcg5": ndcg5, "primary": primary})
+    return out
+
+
+def reliability_points(labels: np.ndarray, predictions: np.ndarray) -> dict:
+    """The calibration curve as lists, for the report."""
+    curve = reliability(labels, predictions)
+    return {
+        "predicted": curve.predicted.tolist(),
+        "observed": curve.observed.tolist(),
+        "rows": curve.rows.tolist(),
+    }
+
+
+def _stack(undated: pl.DataFrame, train: pl.DataFrame, signal: str) -> pl.DataFrame:
+    columns = ["user_id", "video_id", signal]
+    undated_rows = undated.select(columns).with_columns(ts_ms=pl.lit(None, dtype=pl.Int64))
+    return pl.concat([undated_rows, train.select([*columns, "ts_ms"])], how="vertical_relaxed")

@@ -1,0 +1,193 @@
+"""Recall of tomorrow's positives: the towers exactly, through the index, and popularity beside them.
+
+Q queries (a user on a test day), K returned, D vector width. A query is asked at the user's first impression of the
+day, knows what happened before it, and its relevant videos are the day's positives that the user had not seen.
+Every method ranks the same corpus: eligible videos, less what the user has seen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from candidate_gen.index import VideoIndex
+from candidate_gen.infer import Towers
+from features.dataset import Dataset
+from features.inputs import Inputs, UserRows, assemble
+from features.schema import SIGNALS
+from pipelines.metrics import coverage, recall_at_k
+
+CHUNK = 256
+
+
+@dataclass(frozen=True, slots=True)
+class Queries:
+    """What is asked, and what counts as found."""
+
+    user_row_Q: np.ndarray
+    ts_ms_Q: np.ndarray
+    day_Q: np.ndarray
+    relevant: list[np.ndarray]
+    """Video rows of the day's positives, distinct."""
+    seen: list[np.ndarray]
+    """Video rows of everything the user was shown before the query."""
+
+    def __len__(self) -> int:
+        return len(self.user_row_Q)
+
+
+def make_queries(
+    dataset: Dataset, dates: tuple[str, ...], signal: str, *, at_most: int | None = None, seed: int = 0
+) -> Queries:
+    """One query a (user, date) with at least one unseen positive; `at_most` draws a sample without replacement."""
+    e, rows = dataset.examples, dataset.rows_on(dates)
+    rows = rows[e.user_row[rows] > 0]
+    order = rows[np.lexsort((e.ts_ms[rows], e.user_row[rows], e.day[rows]))]
+    keys = e.day[order] * (len(dataset.users) + 1) + e.user_row[order]
+    starts = np.flatnonzero(np.r_[True, keys[1:] != keys[:-1]])
+    if at_most is not None and len(starts) > at_most:
+        picked = np.sort(np.random.default_rng(seed).choice(len(starts), at_most, replace=False))
+    else:
+        picked = np.arange(len(starts))
+    ends = np.r_[starts[1:], len(order)]
+    positive = e.signals[:, SIGNALS.index(signal)] == 1
+    user, ts_ms, day, relevant, seen = [], [], [], [], []
+    for i in picked:
+        group = order[starts[i] : ends[i]]
+        first = group[0]
+        begin, end = dataset.history.user_start[e.user_row[first]], e.history_end[first]
+        before = np.unique(dataset.history.video_row[begin:end])
+        wanted = np.setdiff1d(e.video_row[group[positive[group]]], before)
+        wanted = wanted[dataset.eligible[wanted]]
+        if wanted.size:
+            user.append(e.user_row[first])
+            ts_ms.append(e.ts_ms[first])
+            day.append(e.day[first])
+            relevant.append(wanted)
+            seen.append(before)
+    return Queries(np.array(user), np.array(ts_ms), np.array(day), relevant, seen)
+
+
+def query_inputs(dataset: Dataset, queries: Queries, at: np.ndarray) -> Inputs:
+    """Contexts without candidates for the queries `at`, as serving's hydration builds them."""
+    user_row, ts_ms = queries.user_row_Q[at], queries.ts_ms_Q[at]
+    none = np.zeros(0, np.int64)
+    return assemble(
+        user=UserRows.take(dataset.users, user_row),
+        user_counters_BC=dataset.counters.user(queries.day_Q[at], user_row),
+        surface_B=np.zeros(len(at), np.int64),
+        now_ms_B=ts_ms,
+        history=dataset.history.windows(
+            user_row, dataset.history.ends_at(user_row, ts_ms), dataset.encoder.spec.history_length
+        ),
+        videos=dataset.videos,
+        candidate_rows_N=none,
+        owner_N=none,
+        candidate_counters_NC=dataset.counters.video(none, none),
+        candidate_upload_ts_ms_N=none,
+        slot_N=none,
+    )
+
+
+def user_vectors(dataset: Dataset, towers: Towers, queries: Queries) -> np.ndarray:
+    """(Q, D) float32."""
+    chunks = [
+        towers.user_vectors(query_inputs(dataset, queries, np.arange(s, min(s + CHUNK, len(queries)))))
+        for s in range(0, len(queries), CHUNK)
+    ]
+    return np.concatenate(chunks)
+
+
+def exact_top(
+    vectors_VD: np.ndarray, users_QD: np.ndarray, queries: Queries, eligible_V: np.ndarray, k: int
+) -> np.ndarray:
+    """Rows (Q, k) of the k best eligible unseen videos by inner product; the reference for every index."""
+    out = np.empty((len(queries), k), np.int64)
+    barred = ~eligible_V
+    for start in range(0, len(queries), CHUNK):
+        stop = min(start + CHUNK, len(queries))
+        scores = users_QD[start:stop] @ vectors_VD.T
+        scores[:, barred] = -np.inf
+        for i, q in enumerate(range(start, stop)):
+            scores[i, queries.seen[q]] = -np.inf
+        best = np.argpartition(-scores, k, axis=1)[:, :k]
+        order = np.argsort(-np.take_along_axis(scores, best, axis=1), axis=1, kind="stable")
+        out[start:stop] = np.take_along_axis(best, order, axis=1)
+    return out
+
+
+def index_top(index: VideoIndex, users_QD: np.ndarray, queries: Queries, eligible_V: np.ndarray, k: int) -> np.ndarray:
+    """Rows (Q, k) through the index, the filter inside the search; -1 where it ran out."""
+    return np.concatenate(
+        [
+            index.search(users_QD[q : q + 1], k, allowed=eligible_V, excluded_rows=queries.seen[q])[0]
+            for q in range(len(queries))
+        ]
+    )
+
+
+def popular_top(popular_rows: np.ndarray, queries: Queries, k: int) -> np.ndarray:
+    """Rows (Q, k) of the most popular unseen videos, the same order for everybody; -1 where the list ran out."""
+    out = np.full((len(queries), k), -1, np.int64)
+    for q in range(len(queries)):
+        unseen = popular_rows[~np.isin(popular_rows, queries.seen[q])][:k]
+        out[q, : len(unseen)] = unseen
+    return out
+
+
+def evaluate_retrieval(
+    dataset: Dataset,
+    towers: Towers,
+    index: VideoIndex,
+    vectors_VD: np.ndarray,
+    popular_rows: np.ndarray,
+    *,
+    dates: tuple[str, ...],
+    signal: str,
+    ks: Sequence[int] = (100, 500),
+    at_most: int | None = 5_000,
+    index_queries: int = 500,
+) -> dict:
+    """Recall table (one row a method), index recall of the exact top, queries asked. Random stands for chance."""
+    queries = make_queries(dataset, dates, signal, at_most=at_most)
+    if len(queries) == 0:
+        raise ValueError(f"no user has an unseen positive of {signal!r} on {', '.join(dates)}: nothing to measure")
+    users_QD, k = user_vectors(dataset, towers, queries), max(ks)
+    exact = exact_top(vectors_VD, users_QD, queries, dataset.eligible, k)
+    probe = _first(queries, min(index_queries, len(queries)))
+    through = index_top(index, users_QD[: len(probe)], probe, dataset.eligible, k)
+    k0 = min(ks)
+    found = np.mean([np.isin(exact[q, :k0], through[q, :k0]).mean() for q in range(len(probe))])
+    catalogue = int(dataset.eligible.sum())
+    rows = [
+        _row("two towers, exact", exact, queries, ks, catalogue),
+        _row("popularity", popular_top(popular_rows, queries, k), queries, ks, catalogue),
+    ]
+    rows.append({"name": "chance", **{f"recall@{k}": min(1.0, k / catalogue) for k in ks}, "coverage": None})
+    return {
+        "signal": signal,
+        "dates": list(dates),
+        "queries": len(queries),
+        "catalogue": catalogue,
+        "rows": rows,
+        "index_recall": {"k": k0, "queries": len(probe), "of_exact": float(found)},
+        "through_index": _row("two towers, index", through, probe, ks, catalogue),
+    }
+
+
+def _row(name: str, top_QK: np.ndarray, queries: Queries, ks: Sequence[int], catalogue: int) -> dict:
+    recall = recall_at_k(top_QK, queries.relevant, ks)
+    shown = top_QK[:, : min(ks)]
+    return {
+        "name": name,
+        **{f"recall@{k}": recall[k] for k in ks},
+        "coverage": coverage(shown, catalogue),
+    }
+
+
+def _first(queries: Queries, n: int) -> Queries:
+    return Queries(
+        queries.user_row_Q[:n], queries.ts_ms_Q[:n], queries.day_Q[:n], queries.relevant[:n], queries.seen[:n]
+    )

@@ -1,0 +1,263 @@
+"""Live events: what users did since the bundle was made, durable, merged into the next request's history.
+
+`SqliteStore` keeps one row an impression under (request_id, slot) and every served slate beside it. One writer thread
+commits whatever is waiting in one transaction (WAL, synchronous=FULL): an acknowledged event survives a killed
+process and a power cut. Requests never read the database: a user's recent events and seen videos lie in memory.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import itertools
+import logging
+import queue
+import sqlite3
+import threading
+from collections.abc import Iterable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol, TextIO
+
+import numpy as np
+
+from features.history import watch_fraction
+from features.schema import SIGNALS
+from serving.messages import Event, LogOutcome
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class UserState:
+    """One user's live events: the most recent ones (E, oldest first), and every video and follow ever logged."""
+
+    video_id_E: np.ndarray
+    ts_ms_E: np.ndarray
+    signals_E: np.ndarray
+    """uint8 masks in the bit order of SIGNALS."""
+    watch_fraction_E: np.ndarray
+    seen_ids: np.ndarray
+    followed_authors: np.ndarray
+
+
+NOTHING_KNOWN = UserState(
+    *(np.zeros(0, dtype) for dtype in (np.int64, np.int64, np.uint8, np.float32, np.int64, np.int64))
+)
+
+
+@dataclass(frozen=True, slots=True)
+class ServedRow:
+    """One slot of a slate as it was shown: what makes an event valid replay data."""
+
+    request_id: str
+    slot: int
+    user_id: int
+    video_id: int
+    ts_ms: int
+    surface: str
+    source: str
+    connected: bool
+    policy_id: str
+    propensity: float
+    bundle_version: str
+
+
+class Store(Protocol):
+    """What the feed needs of live events."""
+
+    def user(self, user_id: int) -> UserState:
+        """What is acknowledged of a user."""
+        ...
+
+    def log_served(self, rows: Sequence[ServedRow]) -> None:
+        """Keep a slate, soon; nobody waits for it."""
+        ...
+
+
+class NoStore:
+    """No live events and nothing logged: golden requests and replay see the bundle's histories alone."""
+
+    def user(self, user_id: int) -> UserState:
+        return NOTHING_KNOWN
+
+    def log_served(self, rows: Sequence[ServedRow]) -> None:
+        return None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StoreConfig:
+    """Of `SqliteStore`."""
+
+    recent_events: int = 256
+    """Live events a user kept in memory; the models read fewer (history_length)."""
+    max_waiting: int = 10_000
+    """Writes that may wait for the writer; beyond it events are refused, and slates counted in `served_dropped`."""
+
+
+class StoreBusyError(RuntimeError):
+    """The event log is behind; the same events may be sent again, they count once."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Write:
+    served: tuple[ServedRow, ...] = ()
+    events: tuple[Event, ...] = ()
+    done: Future[LogOutcome] = field(default_factory=Future)
+
+
+class SqliteStore:
+    """The embedded store: one file, one process."""
+
+    def __init__(self, path: Path, config: StoreConfig | None = None) -> None:
+        self.config = config or StoreConfig()
+        self.served_dropped = 0
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._lock = _lock(path)
+        self._waiting: queue.Queue[_Write | None] = queue.Queue(self.config.max_waiting)
+        database = _connect(path)
+        self._users = _all_users(database, self.config.recent_events)
+        self._writer = threading.Thread(target=self._write, args=(database,), name="store-writer", daemon=True)
+        self._writer.start()
+
+    def user(self, user_id: int) -> UserState:
+        """One dictionary look-up; a state never changes, it is replaced."""
+        return self._users.get(user_id, NOTHING_KNOWN)
+
+    def log_events(self, events: Sequence[Event]) -> Future[LogOutcome]:
+        """Done once the events are on disk and in `user`; raises StoreBusyError when the writer is too far behind."""
+        write = _Write(events=tuple(events))
+        try:
+            self._waiting.put_nowait(write)
+        except queue.Full:
+            raise StoreBusyError(f"{self.config.max_waiting} writes are waiting: send the events again later") from None
+        return write.done
+
+    def log_served(self, rows: Sequence[ServedRow]) -> None:
+        """Written in order with the events, so a slate is on disk no later than an event that answers it."""
+        try:
+            self._waiting.put_nowait(_Write(served=tuple(rows)))
+        except queue.Full:
+            self.served_dropped += 1
+            _log.warning("a slate was not logged: %d writes are waiting", self.config.max_waiting)
+
+    def close(self) -> None:
+        """Write what waits, then stop."""
+        self._waiting.put(None)
+        self._writer.join()
+        self._lock.close()
+
+    def _write(self, database: sqlite3.Connection) -> None:
+        running = True
+        while running:
+            batch = [self._waiting.get()]
+            while not self._waiting.empty():
+                batch.append(self._waiting.get())
+            running = None not in batch
+            self._commit(database, [write for write in batch if write is not None])
+        database.close()
+
+    def _commit(self, database: sqlite3.Connection, batch: list[_Write]) -> None:
+        try:
+            with database:
+                outcomes = [_insert(database, write) for write in batch]
+            for user_id in {event.user_id for write in batch for event in write.events}:
+                self._users[user_id] = _one_user(database, user_id, self.config.recent_events)
+        except sqlite3.Error as error:
+            _log.exception("%d writes are lost to the event log and were not acknowledged", len(batch))
+            for write in batch:
+                write.done.set_exception(error)
+            return
+        for write, outcome in zip(batch, outcomes, strict=True):
+            write.done.set_result(outcome)
+
+
+_SCHEMA = f"""
+CREATE TABLE IF NOT EXISTS events (
+  request_id TEXT NOT NULL, slot INTEGER NOT NULL, user_id INTEGER NOT NULL, video_id INTEGER NOT NULL,
+  author_id INTEGER, ts_ms INTEGER NOT NULL, watch_ms INTEGER, duration_ms INTEGER,
+  {", ".join(f'"{signal}" INTEGER' for signal in SIGNALS)}, PRIMARY KEY (request_id, slot));
+CREATE INDEX IF NOT EXISTS events_of_user ON events (user_id, ts_ms);
+CREATE INDEX IF NOT EXISTS events_in_time ON events (ts_ms);
+CREATE TABLE IF NOT EXISTS served (
+  request_id TEXT NOT NULL, slot INTEGER NOT NULL, user_id INTEGER NOT NULL, video_id INTEGER NOT NULL,
+  ts_ms INTEGER NOT NULL, surface TEXT, source TEXT, connected INTEGER, policy_id TEXT, propensity REAL,
+  bundle_version TEXT, PRIMARY KEY (request_id, slot));
+"""
+_EVENT_COLUMNS = ("request_id", "slot", "user_id", "video_id", "author_id", "ts_ms", "watch_ms", "duration_ms")
+_SIGNALS = ", ".join(f'"{signal}"' for signal in SIGNALS)
+_MERGED_COLUMNS = ("watch_ms", *SIGNALS)
+_UPSERT = (  # only our own column names are formatted into SQL
+    f"INSERT INTO events VALUES ({', '.join('?' * (len(_EVENT_COLUMNS) + len(SIGNALS)))}) "  # noqa: S608
+    "ON CONFLICT (request_id, slot) DO UPDATE SET "
+    + ", ".join(
+        f'"{c}" = max(coalesce("{c}", excluded."{c}"), coalesce(excluded."{c}", "{c}"))' for c in _MERGED_COLUMNS
+    )
+)
+"""Feedback that arrives later is added to its impression: a signal once given stays, the longest watch counts."""
+_READ = f"SELECT user_id, video_id, author_id, ts_ms, watch_ms, duration_ms, {_SIGNALS} FROM events"  # noqa: S608
+
+
+def _connect(path: Path) -> sqlite3.Connection:
+    database = sqlite3.connect(path, check_same_thread=False)
+    database.execute("PRAGMA journal_mode=WAL")
+    database.execute("PRAGMA synchronous=FULL")
+    database.executescript(_SCHEMA)
+    return database
+
+
+def _lock(path: Path) -> TextIO:
+    handle = Path(f"{path}.lock").open("w")  # noqa: SIM115 - held until close(); the kernel lets go of a dead owner's
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        handle.close()
+        raise RuntimeError(f"{path} is open in another process: give each server its own store") from None
+    return handle
+
+
+def _insert(database: sqlite3.Connection, write: _Write) -> LogOutcome:
+    for request_id in {row.request_id for row in write.served}:
+        database.execute("DELETE FROM served WHERE request_id = ?", (request_id,))
+    database.executemany(
+        "INSERT INTO served VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+        [tuple(getattr(row, name) for name in ServedRow.__slots__) for row in write.served],
+    )
+    stored = merged = conflicting = 0
+    for event in write.events:
+        key = (event.request_id, event.slot)
+        known = database.execute(
+            "SELECT user_id, video_id FROM events WHERE request_id = ? AND slot = ?", key
+        ).fetchone()
+        if known is not None and known != (event.user_id, event.video_id):
+            conflicting += 1
+            continue
+        given = [None if (value := event.signals.get(signal)) is None else int(value) for signal in SIGNALS]
+        database.execute(_UPSERT, [*(getattr(event, name) for name in _EVENT_COLUMNS), *given])
+        stored, merged = (stored + 1, merged) if known is None else (stored, merged + 1)
+    return LogOutcome(stored, merged, conflicting)
+
+
+def _one_user(database: sqlite3.Connection, user_id: int, recent: int) -> UserState:
+    return _state(database.execute(f"{_READ} WHERE user_id = ? ORDER BY ts_ms, rowid", (user_id,)), recent)
+
+
+def _all_users(database: sqlite3.Connection, recent: int) -> dict[int, UserState]:
+    rows = database.execute(f"{_READ} ORDER BY user_id, ts_ms, rowid")
+    return {user_id: _state(group, recent) for user_id, group in itertools.groupby(rows, key=lambda row: row[0])}
+
+
+def _state(rows: Iterable[tuple], recent: int) -> UserState:
+    """Rows of one user as `_READ` gives them, by time."""
+    rows = list(rows)
+    last = rows[-recent:]
+    bits = [sum(1 << s for s in range(len(SIGNALS)) if row[6 + s]) for row in last]
+    follow = 6 + SIGNALS.index("follow")
+    return UserState(
+        video_id_E=np.array([row[1] for row in last], np.int64),
+        ts_ms_E=np.array([row[3] for row in last], np.int64),
+        signals_E=np.array(bits, np.uint8),
+        watch_fraction_E=watch_fraction(*(np.array([row[c] for row in last], np.float64) for c in (4, 5))),
+        seen_ids=np.unique(np.array([row[1] for row in rows], np.int64)),
+        followed_authors=np.unique(np.array([row[2] for row in rows if row[follow] and row[2] is not None], np.int64)),
+    )

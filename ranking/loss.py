@@ -1,0 +1,28 @@
+"""Losses of the ranker: binary cross-entropy a task and for the watch-time quantile, blind to what was not logged.
+
+N candidates, T tasks; NaN means "not logged" and contributes neither loss nor gradient.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.nn.functional import binary_cross_entropy_with_logits
+
+
+def task_losses(logits_NT: torch.Tensor, labels_NT: torch.Tensor) -> torch.Tensor:
+    """Mean cross-entropy of each task over its logged rows (T,); 0 for a task without any in this batch."""
+    logged_NT = ~labels_NT.isnan()
+    losses_NT = binary_cross_entropy_with_logits(logits_NT, labels_NT.nan_to_num(), reduction="none")
+    return (losses_NT * logged_NT).sum(0) / logged_NT.sum(0).clamp(min=1)
+
+
+def quantile_loss(logit_N: torch.Tensor, quantile_N: torch.Tensor) -> torch.Tensor:
+    """Cross-entropy against the quantile in 0 .. 1 as a soft label, less its own entropy: 0 when met exactly.
+
+    The minimiser is the expected quantile, as with squared error, but the gradient does not vanish at the ends.
+    """
+    logged_N = ~quantile_N.isnan()
+    target_N = torch.where(logged_N, quantile_N, 0.5)
+    loss_N = binary_cross_entropy_with_logits(logit_N, target_N, reduction="none")
+    entropy_N = torch.special.entr(target_N) + torch.special.entr(1 - target_N)
+    return ((loss_N - entropy_N) * logged_N).sum() / logged_N.sum().clamp(min=1)

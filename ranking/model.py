@@ -1,0 +1,350 @@
+"""The ranker: a multi-task DLRM over TorchRec embedding collections, one logit a task and candidate.
+
+B contexts, N candidates, U distinct videos, L history, F width of the interaction, A attention width, E experts,
+T tasks. User-side work happens once a context and video-side work once a video; candidates gather both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Self
+
+import torch
+from torch import nn
+from torchrec.modules.embedding_configs import EmbeddingBagConfig, PoolingType
+from torchrec.modules.embedding_modules import EmbeddingBagCollection
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+
+from features.batch import Batch
+from features.dataset import Dataset
+from features.history import GAP_BUCKETS
+from features.schema import SIGNALS
+from ranking.loss import quantile_loss, task_losses
+
+HISTORY_WIDTH = len(SIGNALS) + 1
+"""What is known of one history event besides its video: the signals, and the share that was watched."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RankerConfig:
+    """Sizes and regularisation; the defaults score 1,000 candidates in about 10 ms on one core."""
+
+    embedding_dim: int = 16
+    """Width of every embedding."""
+    bottom_widths: tuple[int, ...] = (64, 32)
+    """Layers of the MLP over the dense features of user, video and candidate."""
+    cross_layers: int = 2
+    """Cross layers (DCN-v2) over embeddings, bottom output and attended history."""
+    cross_rank: int = 32
+    """Rank of each cross layer's matrix."""
+    attention_width: int = 32
+    """Width of queries, keys and values of the attention over history."""
+    attention_heads: int = 2
+    """Heads that share the attention width."""
+    n_experts: int = 4
+    """Experts of the mixture (MMoE); each task has its own gate."""
+    expert_widths: tuple[int, int] = (64, 32)
+    """Hidden and output width of an expert."""
+    dropout: float = 0.1
+    """On the experts' hidden layer."""
+    embedding_dropout: float = 0.1
+    """On the looked-up embeddings, element by element."""
+    embedding_l2: float = 0.0
+    """Penalty on the squared norm of each looked-up embedding; part of the loss, so it works with fused optimisers."""
+    embedding_init: float = 0.02
+    """Embeddings start uniform in plus or minus this: small, so that an untrained row says almost nothing."""
+    side_width: int = 8
+    """Width of the slot and surface embeddings of the side tower."""
+    side_dropout: float = 0.1
+    """Share of examples trained without the side tower, so that the main logit stands on its own."""
+    task_weights: tuple[tuple[str, float], ...] = ()
+    """Loss weights of tasks that differ from 1."""
+    watch_weight: float = 1.0
+    """Loss weight of the watch-time quantile."""
+
+    def __post_init__(self) -> None:
+        if self.attention_width % self.attention_heads:
+            raise ValueError(
+                f"RankerConfig: attention_width {self.attention_width} must be a multiple of "
+                f"attention_heads {self.attention_heads}"
+            )
+        unknown = sorted({name for name, _ in self.task_weights} - set(SIGNALS))
+        if unknown:
+            raise ValueError(f"RankerConfig.task_weights: unknown tasks {unknown}, expected some of {SIGNALS}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RankerSizes:
+    """What the data decides: features, widths, tasks. Stored beside the weights."""
+
+    user_names: tuple[str, ...]
+    user_table_rows: tuple[int, ...]
+    video_names: tuple[str, ...]
+    video_table_rows: tuple[int, ...]
+    user_dense: int
+    """Dense features of a user, counters included."""
+    video_dense: int
+    candidate_dense: int
+    surface_rows: int
+    slot_rows: int
+    tasks: tuple[str, ...]
+    """Signals with positives in training, in SIGNALS' order."""
+
+    @classmethod
+    def of(cls, dataset: Dataset, tasks: tuple[str, ...]) -> Self:
+        """Read the sizes off a dataset with at least one example."""
+        one = dataset.inputs(dataset.examples.day[:1] * 0)
+        return cls(
+            user_names=one.user_columns.names,
+            user_table_rows=one.user_columns.table_rows,
+            video_names=one.video_columns.names,
+            video_table_rows=one.video_columns.table_rows,
+            user_dense=one.user_dense_BD.shape[1],
+            video_dense=one.video_dense_UD.shape[1],
+            candidate_dense=one.candidate_dense_NC.shape[1],
+            surface_rows=dataset.encoder.spec.surface_rows,
+            slot_rows=dataset.encoder.spec.max_slot + 2,
+            tasks=tasks,
+        )
+
+    @classmethod
+    def from_json(cls, fields: dict[str, Any]) -> Self:
+        """Inverse of `dataclasses.asdict` after a trip through JSON."""
+        return cls(**_with_tuples(fields))
+
+
+class RankerModel(nn.Module):
+    """Logits of T tasks and of the watch-time quantile for each candidate; a score never sees other candidates."""
+
+    def __init__(self, config: RankerConfig, sizes: RankerSizes, base_rates: Mapping[str, float]) -> None:
+        """`base_rates`: share of positives by task, the starting point of the biases."""
+        super().__init__()
+        self.config, self.sizes = config, sizes
+        weights = dict.fromkeys(sizes.tasks, 1.0) | dict(config.task_weights)
+        self.task_weights = [weights[task] for task in sizes.tasks]
+        self.user_ebc = _embeddings(sizes.user_names, sizes.user_table_rows, config)
+        self.video_ebc = _embeddings(sizes.video_names, sizes.video_table_rows, config)
+        user_width = len(sizes.user_names) * config.embedding_dim
+        video_width = len(sizes.video_names) * config.embedding_dim
+        dense_width = sizes.user_dense + sizes.video_dense + sizes.candidate_dense
+        self.embedding_dropout = nn.Dropout(config.embedding_dropout)
+        self.bottom = BottomMlp(dense_width, config.bottom_widths)
+        self.attention = HistoryAttention(video_width + sizes.video_dense, config)
+        width = user_width + video_width + config.bottom_widths[-1] + 2 * config.attention_width
+        self.cross = LowRankCross(width, config.cross_layers, config.cross_rank)
+        self.mixture = ExpertMixture(width, len(sizes.tasks) + 1, config)
+        self.direct = nn.Linear(dense_width, len(sizes.tasks) + 1)
+        self.side = SideTower(sizes, config)
+        self._start_at(base_rates)
+
+    def forward(self, batch: Batch, targets: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Loss over `labels_NT` and `watch_quantile_N` (NaN where not logged), and each task's own loss."""
+        logits_NT, watch_N, penalty = self._logits(batch, with_side=True)
+        losses_T = task_losses(logits_NT, targets["labels_NT"])
+        watch = quantile_loss(watch_N, targets["watch_quantile_N"])
+        weights_T = losses_T.new_tensor(self.task_weights)
+        loss = (losses_T * weights_T).sum() + self.config.watch_weight * watch + self.config.embedding_l2 * penalty
+        metrics = {f"loss_{task}": losses_T[t].detach() for t, task in enumerate(self.sizes.tasks)}
+        return {"loss": loss, "loss_watch": watch.detach(), **metrics}
+
+    def logits(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Serving's view, the side tower off: logits (N, T) and the logit of the watch-time quantile (N,)."""
+        logits_NT, watch_N, _ = self._logits(batch, with_side=False)
+        return logits_NT, watch_N
+
+    def _logits(self, batch: Batch, *, with_side: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        user_BF = _lookup(self.user_ebc, batch.user, self.sizes.user_names)
+        video_UF = _lookup(self.video_ebc, batch.video, self.sizes.video_names)
+        penalty = user_BF.square().sum(1).mean() + video_UF.square().sum(1).mean()
+        user_BF, video_UF = self.embedding_dropout(user_BF), self.embedding_dropout(video_UF)
+        candidate, owner = batch.candidate_N, batch.owner_N
+        attended_NA, taste_BA = self.attention(torch.cat([video_UF, batch.video_dense_UD], dim=1), batch)
+        dense_NF = torch.cat(
+            [batch.user_dense_BD[owner], batch.video_dense_UD[candidate], batch.candidate_dense_NC], dim=1
+        )
+        parts = [
+            torch.cat([user_BF, taste_BA], dim=1)[owner],
+            video_UF[candidate],
+            self.bottom(dense_NF),
+            attended_NA,
+        ]
+        out_NT = self.mixture(self.cross(torch.cat(parts, dim=1))) + self.direct(dense_NF)
+        logits_NT, watch_N = out_NT[:, :-1], out_NT[:, -1]
+        if with_side:
+            logits_NT = logits_NT + self.side(batch.slot_N, batch.surface_B[owner])
+        return logits_NT, watch_N, penalty
+
+    @torch.no_grad()
+    def _start_at(self, base_rates: Mapping[str, float]) -> None:
+        nn.init.zeros_(self.direct.weight)
+        rates_T = torch.tensor([base_rates[task] for task in self.sizes.tasks] + [0.5])
+        self.direct.bias.copy_(torch.logit(rates_T, eps=1e-5))
+
+
+class BottomMlp(nn.Sequential):
+    """MLP with SiLU over the dense features."""
+
+    def __init__(self, width: int, widths: tuple[int, ...]) -> None:
+        layers: list[nn.Module] = []
+        for wider, narrower in zip((width, *widths), widths, strict=False):
+            layers += [nn.Linear(wider, narrower), nn.SiLU()]
+        super().__init__(*layers)
+
+
+class HistoryAttention(nn.Module):
+    """Each candidate looks at its context's history; keys and values are computed once a context.
+
+    An event is its video plus what the user did with it plus how long ago: three linear parts that are added, so
+    that the video's part is computed once a video, however many histories it lies in.
+    """
+
+    def __init__(self, video_width: int, config: RankerConfig) -> None:
+        super().__init__()
+        self.heads, self.width = config.attention_heads, config.attention_width
+        self.query = nn.Linear(video_width, self.width)
+        self.key_value = nn.Linear(video_width, 2 * self.width)
+        self.event = nn.Linear(HISTORY_WIDTH, 2 * self.width, bias=False)
+        self.gap = nn.Embedding(GAP_BUCKETS, 2 * self.width)
+        nn.init.normal_(self.gap.weight, std=0.02)
+
+    def forward(self, video_UF: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Attended history of each candidate (N, A), and the plain mean of each context's values (B, A)."""
+        n_contexts, length = batch.history_BL.shape
+        events_BLS = torch.cat([batch.history_signals_BLS, batch.history_watch_BL.unsqueeze(-1)], dim=-1)
+        tokens_BLA = (
+            self.key_value(video_UF)[batch.history_BL] + self.event(events_BLS) + self.gap(batch.history_gap_BL)
+        )
+        key_BLA, value_BLA = tokens_BLA.split(self.width, dim=-1)
+        value_BLA = nn.functional.silu(value_BLA)
+        mask_BL = torch.arange(length, device=tokens_BLA.device) < batch.history_length_B[:, None]
+        share_BL = mask_BL / batch.history_length_B.clamp(min=1)[:, None]
+        taste_BA = torch.einsum("bl,bla->ba", share_BL.to(value_BLA.dtype), value_BLA)
+        query_NA = self.query(video_UF)[batch.candidate_N]
+        place_N, most = _places(batch.owner_N, n_contexts)
+        query_BMA = query_NA.new_zeros(n_contexts, most, self.width)
+        query_BMA = query_BMA.index_put((batch.owner_N, place_N), query_NA)
+        attended_BMA = self._attend(query_BMA, key_BLA, value_BLA, mask_BL)
+        return attended_BMA[batch.owner_N, place_N], taste_BA
+
+    def _attend(
+        self, query_BMA: torch.Tensor, key_BLA: torch.Tensor, value_BLA: torch.Tensor, mask_BL: torch.Tensor
+    ) -> torch.Tensor:
+        def by_head(x_BXA: torch.Tensor) -> torch.Tensor:
+            return x_BXA.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+
+        scores_BHML = by_head(query_BMA) @ by_head(key_BLA).transpose(-1, -2) * (self.width / self.heads) ** -0.5
+        scores_BHML = scores_BHML.masked_fill(~mask_BL[:, None, None, :], -1e9)
+        weights_BHML = scores_BHML.softmax(-1) * mask_BL[:, None, None, :]
+        return (weights_BHML @ by_head(value_BLA)).transpose(1, 2).flatten(2)
+
+
+class LowRankCross(nn.Module):
+    """DCN-v2: x <- x0 * (U V x + b) + x, with U V of low rank (Wang et al., WWW 2021)."""
+
+    def __init__(self, width: int, layers: int, rank: int) -> None:
+        super().__init__()
+        self.down = nn.ModuleList(nn.Linear(width, rank, bias=False) for _ in range(layers))
+        self.up = nn.ModuleList(nn.Linear(rank, width) for _ in range(layers))
+
+    def forward(self, x0_NF: torch.Tensor) -> torch.Tensor:
+        x_NF = x0_NF
+        for down, up in zip(self.down, self.up, strict=True):
+            x_NF = x0_NF * up(down(x_NF)) + x_NF
+        return x_NF
+
+
+class ExpertMixture(nn.Module):
+    """MMoE: experts with normalisation and SiLU (HoME's cure for dead experts), a gate and a head for each task."""
+
+    def __init__(self, width: int, n_tasks: int, config: RankerConfig) -> None:
+        super().__init__()
+        hidden, out = config.expert_widths
+        self.n_experts, self.n_tasks = config.n_experts, n_tasks
+        self.normalise = nn.LayerNorm(width)
+        self.hidden = nn.Linear(width, config.n_experts * hidden)
+        self.dropout = nn.Dropout(config.dropout)
+        self.out_EHO = nn.Parameter(torch.randn(config.n_experts, hidden, out) * hidden**-0.5)
+        self.normalise_out = nn.LayerNorm(out)
+        self.gate = nn.Linear(width, n_tasks * config.n_experts)
+        self.head_TO = nn.Parameter(torch.randn(n_tasks, out) * 0.1 * out**-0.5)
+
+    def forward(self, x_NF: torch.Tensor) -> torch.Tensor:
+        """(N, T) logits without bias."""
+        x_NF = self.normalise(x_NF)
+        hidden_NEH = self.dropout(nn.functional.silu(self.hidden(x_NF))).unflatten(-1, (self.n_experts, -1))
+        experts_NEO = torch.bmm(hidden_NEH.transpose(0, 1), self.out_EHO).transpose(0, 1)
+        experts_NEO = nn.functional.silu(self.normalise_out(experts_NEO))
+        gates_NTE = self.gate(x_NF).unflatten(-1, (self.n_tasks, self.n_experts)).softmax(-1)
+        opinions_NTE = torch.einsum("neo,to->nte", experts_NEO, self.head_TO)
+        return (gates_NTE * opinions_NTE).sum(-1)
+
+
+class SideTower(nn.Module):
+    """What slot and surface alone do to each task: added in training, left out at serving (position debias)."""
+
+    def __init__(self, sizes: RankerSizes, config: RankerConfig) -> None:
+        super().__init__()
+        self.slot = nn.Embedding(sizes.slot_rows, config.side_width)
+        self.surface = nn.Embedding(sizes.surface_rows, config.side_width)
+        self.out = nn.Linear(2 * config.side_width, len(sizes.tasks), bias=False)
+        self.keep = 1.0 - config.side_dropout
+        for table in (self.slot, self.surface):
+            nn.init.normal_(table.weight, std=0.1)
+
+    def forward(self, slot_N: torch.Tensor, surface_N: torch.Tensor) -> torch.Tensor:
+        """(N, T) logits; in training a share of the rows gets zeros."""
+        logits_NT = self.out(torch.cat([self.slot(slot_N), self.surface(surface_N)], dim=1))
+        if not self.training:
+            return logits_NT
+        kept_N1 = torch.rand(len(slot_N), 1, device=logits_NT.device) < self.keep
+        return logits_NT * kept_N1
+
+
+def config_fields(config: RankerConfig) -> dict[str, Any]:
+    """For JSON; `config_from` is the inverse."""
+    return asdict(config)
+
+
+def config_from(fields: dict[str, Any]) -> RankerConfig:
+    """A config from what JSON gave back."""
+    fields = _with_tuples(fields)
+    fields["task_weights"] = tuple((name, weight) for name, weight in fields["task_weights"])
+    return RankerConfig(**fields)
+
+
+def _with_tuples(fields: dict[str, Any]) -> dict[str, Any]:
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
+
+
+def _embeddings(names: tuple[str, ...], rows: tuple[int, ...], config: RankerConfig) -> EmbeddingBagCollection:
+    return EmbeddingBagCollection(
+        tables=[
+            EmbeddingBagConfig(
+                name=name,
+                embedding_dim=config.embedding_dim,
+                num_embeddings=table_rows,
+                feature_names=[name],
+                pooling=PoolingType.MEAN,
+                weight_init_min=-config.embedding_init,
+                weight_init_max=config.embedding_init,
+            )
+            for name, table_rows in zip(names, rows, strict=True)
+        ]
+    )
+
+
+def _lookup(ebc: nn.Module, bags: KeyedJaggedTensor, names: tuple[str, ...]) -> torch.Tensor:
+    """One embedding a feature, side by side; a sharded collection may give them in another order."""
+    pooled = ebc(bags).to_dict()
+    return torch.cat([pooled[name] for name in names], dim=1)
+
+
+def _places(owner_N: torch.Tensor, n_contexts: int) -> tuple[torch.Tensor, int]:
+    """Running number of each candidate among its context's, and the largest number of candidates of a context."""
+    counts_B = torch.bincount(owner_N, minlength=n_contexts)
+    order_N = torch.argsort(owner_N, stable=True)
+    starts_B = counts_B.cumsum(0) - counts_B
+    place_N = torch.empty_like(owner_N)
+    place_N[order_N] = torch.arange(len(owner_N), device=owner_N.device) - starts_B[owner_N[order_N]]
+    return place_N, int(counts_B.max()) if n_contexts else 0

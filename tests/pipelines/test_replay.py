@@ -1,0 +1,313 @@
+"""Replay answers when the log can, refuses when it cannot, and names the row when the log is broken."""
+
+from __future__ import annotations
+
+import io
+import json
+from datetime import UTC, datetime
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from rich.console import Console
+
+from features.schema import CANDIDATES, EVENTS, SIGNALS, VIDEOS
+from pipelines.policies import History, LoggedRequests, Sampler, Shown, conditional_probabilities, resolve
+from pipelines.replay import ReplayInputError, print_report, replay
+
+VIDEOS_IN_ALL, CANDIDATES_A_REQUEST, SLOTS = 30, 8, 3
+START_MS = 1_767_225_600_000
+QUALITY = np.linspace(0.05, 0.9, VIDEOS_IN_ALL)
+"""Chance of a long view of each video; the logger believes it only by half."""
+
+
+def write_log(folder: Path, requests: int = 900, greedy: bool = False, seed: int = 0) -> Path:
+    """Two days of pages by a Plackett-Luce logger (or a greedy one that claims certainty), with candidates of day 2."""
+    rng = np.random.default_rng(seed)
+    events, sets = [], []
+    for i in range(requests):
+        ts_ms = START_MS + i * 2 * 86_400_000 // requests
+        pool = rng.choice(VIDEOS_IN_ALL, CANDIDATES_A_REQUEST, replace=False)
+        logit = 2 * QUALITY[pool]
+        left = np.ones(len(pool), dtype=bool)
+        for slot in range(SLOTS):
+            p = np.exp(np.where(left, logit, -np.inf))
+            p = (np.arange(len(p)) == p.argmax()).astype(float) if greedy else p / p.sum()
+            pick = rng.choice(len(pool), p=p)
+            left[pick] = False
+            events.append((f"r{i:04}", i % 70, int(pool[pick]), ts_ms + slot, slot, float(p[pick])))
+        if ts_ms >= START_MS + 86_400_000:
+            sets.append({"request_id": f"r{i:04}", "user_id": i % 70, "ts_ms": ts_ms, "video_ids": pool.tolist()})
+    watched = rng.random(len(events)) < QUALITY[[e[2] for e in events]]
+    rows = [
+        dict(zip(("request_id", "user_id", "video_id", "ts_ms", "slot", "propensity"), event, strict=True))
+        | dict.fromkeys(SIGNALS, 0)
+        | {"long_view": int(seen), "watch_ms": 9000 if seen else 1000}
+        for event, seen in zip(events, watched, strict=True)
+    ]
+    for day in (0, 1):
+        part = [r for r in rows if (r["ts_ms"] - START_MS) // 86_400_000 == day]
+        date = datetime.fromtimestamp(part[0]["ts_ms"] / 1000, UTC).date()
+        (folder / f"events/date={date}").mkdir(parents=True)
+        write(part, EVENTS, folder / f"events/date={date}/part-0.parquet")
+    write(sets, CANDIDATES, folder / "candidates.parquet")
+    write(
+        [{"video_id": v, "upload_ts_ms": START_MS - v, "eligible": True} for v in range(30)],
+        VIDEOS,
+        folder / "videos.parquet",
+    )
+    return folder
+
+
+def write(rows: list[dict], schema: pa.Schema, path: Path) -> None:
+    full = [{name: row.get(name) for name in schema.names} for row in rows]
+    pq.write_table(pa.Table.from_pylist(full, schema=schema), path)
+
+
+def last_day(folder: Path) -> Path:
+    return sorted(folder.glob("events/date=*/*.parquet"))[-1]
+
+
+class Oracle:
+    """Knows the quality of every video."""
+
+    name = "oracle"
+
+    def values(self, requests: LoggedRequests):
+        return requests.per_request(QUALITY[requests.video_ids])
+
+
+@pytest.fixture(scope="module")
+def log(tmp_path_factory) -> Path:
+    return write_log(tmp_path_factory.mktemp("log"))
+
+
+def estimate(report, policy: str, metric: str = "long_view"):
+    result = next(p for p in report.policies if p.policy == policy)
+    return result.metrics[metric][report.estimator]
+
+
+def test_the_logged_policy_has_weight_1_and_its_own_mean_exactly(log):
+    report = replay(log, ["logged"], resamples=20)
+    rows = pl.read_parquet(last_day(log))
+    assert report.rows == len(rows)
+    assert report.policies[0].diagnostics.mean_weight == report.policies[0].diagnostics.max_weight == 1
+    assert estimate(report, "logged").value.estimate == rows["long_view"].sum() / len(rows)
+    assert estimate(report, "logged", "watch_s").value.estimate == pytest.approx(
+        rows["watch_ms"].sum() / len(rows) / 1000
+    )
+    assert estimate(report, "logged").difference.low == estimate(report, "logged").difference.high == 0
+
+
+def test_a_better_policy_is_found_better_and_its_true_value_lies_in_the_interval(log):
+    sampler = Sampler(temperature=0.7, epsilon=0.1)
+    report = replay(log, [Oracle(), "random"], sampler=sampler, slots=1)
+    true = []
+    for videos in pl.read_parquet(log / "candidates.parquet")["video_ids"]:
+        q = QUALITY[videos.to_numpy()]
+        p = np.exp((q - q.mean()) / q.std() / 0.7)
+        true.append((0.9 * p / p.sum() + 0.1 / len(q)) @ q)
+    found = estimate(report, "oracle")
+    assert found.difference.low > 0
+    assert found.value.low < np.mean(true) < found.value.high
+    assert estimate(report, "random").difference.high < 0
+    assert "oracle would have been better" in report.verdict
+    assert report.exit_code == 0
+
+
+def test_constant_scores_are_the_random_policy(log, tmp_path):
+    candidates = (
+        pl.read_parquet(log / "candidates.parquet").select("request_id", video_id="video_ids").explode("video_id")
+    )
+    candidates.with_columns(score=pl.lit(0.1)).write_parquet(tmp_path / "flat.parquet")
+    report = replay(log, ["random", f"file:{tmp_path / 'flat.parquet'}"], resamples=20)
+    assert report.policies[2].policy == "flat"
+    assert report.policies[1].metrics == report.policies[2].metrics
+
+
+def test_the_order_of_rows_in_the_files_changes_nothing(log, tmp_path):
+    mixed = write_log(tmp_path / "mixed")
+    for path in (*mixed.glob("events/date=*/*.parquet"), mixed / "candidates.parquet"):
+        table = pq.read_table(path)
+        pq.write_table(table.take(np.random.default_rng(1).permutation(len(table))), path)
+    policies = ["popularity", "newest", Oracle()]
+    assert replay(log, policies, resamples=20).to_dict() == replay(mixed, policies, resamples=20).to_dict()
+
+
+def test_popularity_knows_nothing_of_the_evaluated_window(log, tmp_path):
+    other = write_log(tmp_path / "other")
+    table = pl.read_parquet(last_day(other)).with_columns(long_view=pl.lit(1, dtype=pl.Int8))
+    table.write_parquet(last_day(other))
+    before, after = (replay(path, ["popularity"], resamples=5).policies[1].diagnostics for path in (log, other))
+    assert before == after
+
+
+def test_a_deterministic_logger_is_refused(tmp_path):
+    folder = write_log(tmp_path, greedy=True)
+    report = replay(folder, ["random"], resamples=20)
+    assert report.exit_code == 3
+    assert "mean weight" in " ".join(report.refused["random"])
+    text = io.StringIO()
+    print_report(report, Console(file=text, width=250))
+    random_lines = [line for line in text.getvalue().splitlines() if "│ random" in line]
+    assert len(random_lines) == 2
+    assert all("refused" in line and "[" not in line for line in random_lines)  # no number to be quoted
+    assert "cannot say how random" in report.verdict
+
+
+def test_effective_sample_size_falls_as_the_policy_leaves_the_logger(log):
+    ess = [
+        replay(log, [Oracle()], sampler=Sampler(temperature=t, epsilon=0.0), resamples=2).policies[1].diagnostics
+        for t in (2.0, 0.5, 0.1)
+    ]
+    assert ess[0].effective_sample_size > ess[1].effective_sample_size > ess[2].effective_sample_size
+
+
+def change(column: str, value):
+    """Set one cell of the last day's file: row 4, slot 1 of the second request."""
+
+    def corrupt(folder: Path) -> None:
+        table = pl.read_parquet(last_day(folder))
+        cells = table[column].to_list()
+        cells[4] = value
+        table.with_columns(pl.Series(column, cells, dtype=table[column].dtype)).write_parquet(last_day(folder))
+
+    return corrupt
+
+
+def drop_column(folder: Path) -> None:
+    pl.read_parquet(last_day(folder)).drop("propensity").write_parquet(last_day(folder))
+
+
+def drop_row(folder: Path) -> None:
+    pl.read_parquet(last_day(folder)).with_row_index("i").filter(pl.col("i") != 4).drop("i").write_parquet(
+        last_day(folder)
+    )
+
+
+def drop_candidates(folder: Path) -> None:
+    table = pl.read_parquet(folder / "candidates.parquet")
+    table.filter(pl.col("request_id") != "r0451").write_parquet(folder / "candidates.parquet")
+
+
+@pytest.mark.parametrize(
+    ("corrupt", "message"),
+    [
+        (change("propensity", 0.0), r"row 4 \(request r0451, slot 1\): propensity 0.0 lies outside \(0, 1\]"),
+        (change("propensity", 1.7), r"row 4 \(request r0451, slot 1\): propensity 1.7 lies outside"),
+        (change("propensity", float("nan")), r"row 4 \(request r0451, slot 1\): propensity is missing"),
+        (change("propensity", None), r"row 4 .*propensity is missing"),
+        (change("slot", 0), r"row 3 .*another row has the same request and slot; 2 such rows"),
+        (change("slot", None), r"row 4 .*slot is missing"),
+        (change("video_id", 2**40), r"row 4 .*video 1099511627776 is not in its request's candidate set"),
+        (change("long_view", None), r"row 4 .*long_view is null"),
+        (change("user_id", 9999), r"row 4 .*its user is not the request's"),
+        (drop_column, r"part-0.parquet: no column propensity"),
+        (drop_row, r"row 4 \(request r0451, slot 2\): a slot above it is not in the log"),
+        (
+            drop_candidates,
+            r"row 3 \(request r0451, slot 0\): its request has no row in candidates.parquet; 3 such rows",
+        ),
+    ],
+)
+def test_a_broken_log_is_refused_with_the_row_and_the_reason(tmp_path, corrupt, message):
+    folder = write_log(tmp_path)
+    corrupt(folder)
+    with pytest.raises(ReplayInputError, match=message):
+        replay(folder, ["random"], resamples=2)
+
+
+def test_values_of_a_wrong_length_or_no_number_name_their_request(log):
+    class Short(Oracle):
+        def values(self, requests):
+            return [v[:-1] if i == 3 else v for i, v in enumerate(super().values(requests))]
+
+    class NotANumber(Oracle):
+        def values(self, requests):
+            return [np.full(len(v), np.nan) if i == 3 else v for i, v in enumerate(super().values(requests))]
+
+    with pytest.raises(ReplayInputError, match="'oracle', request r0453: 7 values for 8 candidates"):
+        replay(log, [Short()], resamples=2)
+    with pytest.raises(ReplayInputError, match=r"'oracle', request r0453, video .* is not a finite number; 8 such"):
+        replay(log, [NotANumber()], resamples=2)
+
+
+def test_the_report_is_strict_json_with_its_provenance(log, tmp_path):
+    report = replay(log, ["random"], resamples=10, seed=5)
+    report.write(tmp_path / "report.json")
+    read = json.loads((tmp_path / "report.json").read_text(), parse_constant=lambda name: pytest.fail(name))
+    assert read["schema_version"] == 1
+    assert read["provenance"]["seed"] == 5
+    assert len(read["provenance"]["data_fingerprint"]) == 64
+    assert [p["policy"] for p in read["policies"]] == ["logged", "random"]
+    assert set(read["policies"][1]["metrics"]["long_view"]) >= {"replay", "ips", "snips", "rips", "snrips", "rips@3"}
+
+
+def test_conditional_probabilities_sum_to_one_and_follow_plackett_luce():
+    requests = LoggedRequests(
+        request_id=["a", "b"],
+        user_id=np.array([1, 2]),
+        ts_ms=np.array([0, 0]),
+        surface=[None, None],
+        offsets=np.array([0, 3, 5]),
+        video_ids=np.array([10, 11, 12, 10, 13]),
+    )
+    values = np.array([1.0, 3.0, 2.0, 5.0, 5.0])
+    sampler = Sampler(temperature=0.5, epsilon=0.2, standardise=False)
+    strength = np.exp(values / 0.5)
+    # request a shows its middle video, then its last; request b shows its second of two equals
+    shown = Shown(request=np.array([0, 0, 1]), slot=np.array([0, 1, 0]), candidate=np.array([1, 2, 4]))
+    p, greedy = conditional_probabilities(values, requests, shown, sampler)
+    expected = [
+        0.8 * strength[1] / strength[:3].sum() + 0.2 / 3,
+        0.8 * strength[2] / (strength[0] + strength[2]) + 0.2 / 2,
+        0.8 * 0.5 + 0.2 / 2,
+    ]
+    assert p == pytest.approx(expected, rel=1e-12)
+    assert greedy.tolist() == [1, 1, 0.5]
+    total = sum(
+        conditional_probabilities(
+            values, requests, Shown(request=np.array([0]), slot=np.array([0]), candidate=np.array([c])), sampler
+        )[0][0]
+        for c in range(3)
+    )
+    assert total == pytest.approx(1, rel=1e-12)
+
+
+def test_standardised_values_mean_the_same_at_every_scale(log):
+    class Scaled(Oracle):
+        name = "scaled"
+
+        def values(self, requests):
+            return [1e6 * v + 3 for v in super().values(requests)]
+
+    report = replay(log, [Oracle(), Scaled()], resamples=2)
+    assert estimate(report, "oracle").value.estimate == pytest.approx(
+        estimate(report, "scaled").value.estimate, rel=1e-9
+    )
+
+
+def test_policies_are_resolved_by_name_and_other_kinds_can_be_added():
+    history = History(events=pl.DataFrame(), videos=pl.DataFrame())
+    made = resolve("bundle:v7", history, {"bundle": lambda version, _: Oracle() if version == "v7" else None})
+    assert made.name == "oracle"
+    with pytest.raises(
+        ValueError, match="unknown policy 'bundle:v7': known are logged, file, newest, popularity, random"
+    ):
+        resolve("bundle:v7", history)
+    with pytest.raises(ValueError, match="needs upload_ts_ms"):
+        resolve("newest", history)
+
+
+def test_a_score_file_must_cover_every_candidate(log, tmp_path):
+    path = tmp_path / "scores.parquet"
+    table = pl.read_parquet(log / "candidates.parquet").select("request_id", video_id="video_ids").explode("video_id")
+    table.with_columns(score=pl.col("video_id") * 0.1).head(-1).write_parquet(path)
+    with pytest.raises(ValueError, match=r"no finite score for request r0899, video \d+ \(1 of 3600 candidates\)"):
+        replay(log, [f"file:{path}"], resamples=2)
+    table.write_parquet(path)
+    with pytest.raises(ValueError, match="no column score"):
+        replay(log, [f"file:{path}"], resamples=2)

@@ -1,7 +1,16 @@
 """A simulated short-video feed: seeded, white-box, written as the canonical tables, with an exact oracle."""
 
-from pipelines.world.config import SCALES, LoggerConfig, ResponseConfig, WorldConfig
+from pipelines.world.config import SCALES, LoggerConfig, ResponseConfig, WorldConfig, read_config
 from pipelines.world.generate import WorldSummary, generate
 from pipelines.world.oracle import World
 
-__all__ = ["SCALES", "LoggerConfig", "ResponseConfig", "World", "WorldConfig", "WorldSummary", "generate"]
+__all__ = [
+    "SCALES",
+    "LoggerConfig",
+    "ResponseConfig",
+    "World",
+    "WorldConfig",
+    "WorldSummary",
+    "generate",
+    "read_config",
+]

@@ -5,7 +5,9 @@ Every number that shapes the world stands here, and all of it is written to `wor
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
+from pathlib import Path
 
 DAY_MS = 86_400_000
 HOUR_MS = 3_600_000
@@ -22,30 +24,30 @@ class ResponseConfig:
     """Affinity gained between no match (cosine 0) and a perfect match (cosine 1) of taste and topics."""
     topic_centre: float = 0.42
     """Cosine at which the match neither adds to nor takes from the affinity."""
-    duration_weight: float = 0.35
+    duration_weight: float = 0.45
     """Affinity lost per squared log-ratio between a video's duration and the viewer's favourite duration."""
     fan_bonus: float = 0.4
     """Affinity added for authors the viewer followed before the log began."""
-    fresh_bonus: float = 0.3
+    fresh_bonus: float = 0.6
     """Affinity added at the moment of upload; fades with `fresh_hours`."""
     fresh_hours: float = 36.0
     """Hours after which the bonus of a fresh video has fallen to 1/e."""
 
     examination_decay: float = 0.2
     """The viewer looks at slot s with probability (s + 1) ** -examination_decay; else the video is swiped past."""
-    click_bias: float = 0.1
+    click_bias: float = -1.8
     """Logit of staying beyond `skip_ms` (a click) at affinity 0, for a viewer who looks."""
-    click_slope: float = 1.15
+    click_slope: float = 1.6
     """Logit of a click per unit of affinity."""
-    click_bait: float = 0.9
+    click_bait: float = 1.0
     """Logit of a click per unit of clickbait."""
     skip_ms: float = 2000.0
     """A view shorter than this is a skip."""
     skip_mean_ms: float = 900.0
     """Mean of the exponential from which skips are drawn (cut at `skip_ms`)."""
-    patience_ms: float = 17_000.0
+    patience_ms: float = 8_500.0
     """Mean further watch time at affinity 0 on an endless loop of a 20 s video, for a viewer who clicked."""
-    patience_slope: float = 0.65
+    patience_slope: float = 0.9
     """Log patience per unit of affinity."""
     patience_bait: float = -0.5
     """Log patience per unit of clickbait: it disappoints."""
@@ -58,12 +60,12 @@ class ResponseConfig:
 
     reaction_logits: dict[str, tuple[float, float]] = field(
         default_factory=lambda: {
-            "like": (-3.9, 1.1),
-            "comment": (-5.6, 0.8),
-            "share": (-5.9, 1.0),
-            "profile_enter": (-4.6, 0.8),
-            "follow": (-5.6, 0.9),
-            "hate": (-6.6, -0.8),
+            "like": (-5.4, 1.0),
+            "comment": (-6.4, 0.8),
+            "share": (-6.8, 1.0),
+            "profile_enter": (-5.2, 0.8),
+            "follow": (-6.6, 0.9),
+            "hate": (-6.1, -0.8),
         }
     )
     """Logit at affinity 0 and slope in affinity; given a click, except `hate`, which needs only a look."""
@@ -75,28 +77,30 @@ class LoggerConfig:
 
     policy_id: str = "world-logger-v1"
     source_shares: dict[str, float] = field(
-        default_factory=lambda: {"followed": 0.2, "personal": 0.4, "popular": 0.06, "fresh": 0.24, "uniform": 0.1}
+        default_factory=lambda: {"followed": 0.22, "personal": 0.42, "popular": 0.05, "fresh": 0.19, "uniform": 0.12}
     )
     """Share of the candidate draws by source."""
     oversample: float = 1.5
     """Draws per candidate wanted: duplicates, seen videos and empty draws fall away."""
     view_noise: float = 0.15
     """Standard deviation of the logger's error about each of a user's tastes: it is deliberately mediocre."""
-    match_weight: float = 2.5
+    personal_tries: int = 4
+    """The personal source keeps the best of so many draws, by the logger's own score."""
+    match_weight: float = 3.0
     """Weight of the believed topic match in the logger's score."""
-    rate_weight: float = 0.8
+    rate_weight: float = 0.5
     """Weight of the log of the smoothed long-view rate so far."""
     followed_weight: float = 0.5
     """Score added for candidates from followed authors."""
     temperature: float = 0.5
     """Plackett-Luce temperature over the scores."""
-    epsilon: float = 0.1
+    epsilon: float = 0.12
     """Probability, at every slot, of a uniform choice among the candidates left."""
-    pool_power: float = 0.8
+    pool_power: float = 0.6
     """Exposure of the personal and popular sources grows as popularity to this power."""
     pool_age_days: float = 1.5
     """Time constant of the decay of that exposure with a video's age."""
-    pool_age_floor: float = 0.06
+    pool_age_floor: float = 0.1
     """What is left of that exposure for old videos."""
     fresh_hours: float = 36.0
     """The fresh source draws among uploads of the last so many hours."""
@@ -147,6 +151,14 @@ class WorldConfig:
             raise ValueError(f"LoggerConfig.seen_buckets is {buckets}: give a power of two of at least 8")
 
 
+def read_config(world_json: Path) -> WorldConfig:
+    """The config of a generated dataset, from the `world.json` beside its tables."""
+    fields = json.loads(Path(world_json).read_text())["config"]
+    response, logger = fields.pop("response"), fields.pop("logger")
+    response["reaction_logits"] = {name: (bias, slope) for name, (bias, slope) in response["reaction_logits"].items()}
+    return WorldConfig(**fields, response=ResponseConfig(**response), logger=LoggerConfig(**logger))
+
+
 SCALES: dict[str, WorldConfig] = {
     "smoke": WorldConfig(),
     "small": WorldConfig(
@@ -156,4 +168,4 @@ SCALES: dict[str, WorldConfig] = {
         n_users=100_000, n_authors=60_000, n_videos=1_000_000, n_days=14, requests_per_user_day=3.0, mean_follows=15.0
     ),
 }
-"""The `--scale` dial: seconds, a minute, and an afternoon's training."""
+"""The `--scale` dial."""

@@ -118,13 +118,10 @@ class Logger:
         return Candidates(video_BC=video_BC, source_BC=source_BC, valid_BC=video_BC >= 0)
 
     def scores(self, user_B: np.ndarray, c: Candidates) -> np.ndarray:
-        """The policy's logits (B, C): believed topic match, long-view rate so far, and a hand for followed authors."""
-        videos, user_B1 = self._world.videos, user_B[:, None]
-        match_BC = self._view_UK[user_B1, videos.topic_V[c.video_BC]] * videos.topic_weight_V[c.video_BC]
-        match_BC += self._view_UK[user_B1, videos.second_topic_V[c.video_BC]] * videos.second_weight_V[c.video_BC]
-        logit_BC = self._l.match_weight * match_BC + self._l.rate_weight * self._rate_V[c.video_BC]
-        logit_BC += self._l.followed_weight * (c.source_BC == self.source_names.index("followed"))
-        return logit_BC / self._l.temperature
+        """The policy's logits (B, C): the believed appeal, and a hand for followed authors."""
+        followed_BC = c.source_BC == self.source_names.index("followed")
+        appeal_BC = self._appeal(user_B[:, None], c.video_BC) + self._l.followed_weight * followed_BC
+        return appeal_BC / self._l.temperature
 
     def show(self, user_BS: np.ndarray, video_BS: np.ndarray) -> None:
         byte, bit = self._seen_place(user_BS.ravel(), video_BS.ravel())
@@ -136,6 +133,13 @@ class Logger:
         self._shown_V += np.bincount(video_N, minlength=n)
         self._long_V += np.bincount(video_N, weights=long_view_N, minlength=n)
         self.follow_keys = np.union1d(self.follow_keys, follow_keys)
+
+    def _appeal(self, user_B1: np.ndarray, video_BC: np.ndarray) -> np.ndarray:
+        """What the policy believes a user would like: topic match by its noisy view, and long-view rates so far."""
+        videos = self._world.videos
+        match_BC = self._view_UK[user_B1, videos.topic_V[video_BC]] * videos.topic_weight_V[video_BC]
+        match_BC += self._view_UK[user_B1, videos.second_topic_V[video_BC]] * videos.second_weight_V[video_BC]
+        return self._l.match_weight * match_BC + self._l.rate_weight * self._rate_V[video_BC]
 
     def _seen_place(self, user: np.ndarray, video: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         place = user * self._l.seen_buckets + self._bucket_V[video]
@@ -152,9 +156,13 @@ class Logger:
         return np.where(end_B1 > start_B1, video_BC, -1)
 
     def _personal(self, user_B: np.ndarray, ts_ms_B: np.ndarray, n: int, rng: np.random.Generator) -> np.ndarray:
-        topic_BC = self._topics(user_B, n, rng)
+        tries = self._l.personal_tries
+        topic_BC = self._topics(user_B, n * tries, rng)
         low_BC, high_BC = self._pool_edges[topic_BC], self._pool_edges[topic_BC + 1]
-        return self._from_pool(low_BC + rng.random(topic_BC.shape) * (high_BC - low_BC))
+        video_BC = self._from_pool(low_BC + rng.random(topic_BC.shape) * (high_BC - low_BC))
+        video_BNT = video_BC.reshape(len(user_B), n, tries)
+        best_BN = self._appeal(user_B[:, None], video_BC).reshape(video_BNT.shape).argmax(axis=2)
+        return np.take_along_axis(video_BNT, best_BN[:, :, None], axis=2)[:, :, 0]
 
     def _popular(self, user_B: np.ndarray, ts_ms_B: np.ndarray, n: int, rng: np.random.Generator) -> np.ndarray:
         return self._from_pool(rng.random((len(user_B), n)) * self._pool_edges[-1])

@@ -121,7 +121,7 @@ def draw_users(config: WorldConfig, rng: np.random.Generator) -> Users:
 
 def draw_authors(config: WorldConfig, rng: np.random.Generator) -> Authors:
     A, K = config.n_authors, config.topics
-    quality_A = rng.normal(0, 0.4, A)
+    quality_A = rng.normal(0, 0.45, A)
     rate_A = rng.lognormal(0, 0.9, A)
     topic_A = rng.permutation(np.arange(A) % K)
     return Authors(
@@ -130,7 +130,7 @@ def draw_authors(config: WorldConfig, rng: np.random.Generator) -> Authors:
         second_topic_A=(topic_A + rng.integers(1, K, A)) % K,
         quality_A=quality_A,
         clickbait_A=rng.normal(0, 0.4, A),
-        fame_A=np.exp(rng.normal(0, 1.0, A) + 1.2 * quality_A),
+        fame_A=np.exp(rng.normal(0, 0.6, A) + 1.2 * quality_A),
         mode_A=rng.choice(len(DURATION_MODES_MS), A, p=[0.4, 0.4, 0.2]),
         upload_share_A=rate_A / rate_A.sum(),
     )
@@ -143,11 +143,11 @@ def draw_videos(config: WorldConfig, authors: Authors, rng: np.random.Generator)
     topic_V = np.where(rng.random(V) < 0.85, authors.topic_A[author_V], rng.integers(0, K, V))
     second_V = np.where(rng.random(V) < 0.7, authors.second_topic_A[author_V], rng.integers(0, K, V))
     second_V = np.where(second_V == topic_V, (topic_V + 1) % K, second_V)
-    main_V = rng.uniform(0.6, 1.0, V)
+    main_V = rng.uniform(0.55, 0.95, V)
     length_V = np.hypot(main_V, 1 - main_V)
     mode_V = np.where(rng.random(V) < 0.7, authors.mode_A[author_V], rng.integers(0, len(DURATION_MODES_MS), V))
     duration_V = np.asarray(DURATION_MODES_MS)[mode_V] * rng.lognormal(0, 0.3, V)
-    quality_V = authors.quality_A[author_V] + rng.normal(0, 0.25, V)
+    quality_V = authors.quality_A[author_V] + rng.normal(0, 0.3, V)
     studio_V = quality_V + rng.normal(0, 0.4, V)
     return Videos(
         ids=opaque_ids(V, config.seed * 3 + 3),

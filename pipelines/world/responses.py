@@ -81,14 +81,30 @@ def engagement(
     slot_B: np.ndarray,
 ) -> Engagement:
     """Rows of users and videos, times and slots in; everything an outcome depends on out."""
-    r, videos = config.response, world.videos
-    affinity_B = affinity(world, r, user_B, video_B, ts_ms_B)
-    clickbait_B = videos.clickbait_V[video_B]
-    duration_ms_B = videos.duration_ms_V[video_B].astype(np.float64)
+    videos = world.videos
+    return engagement_at(
+        config.response,
+        affinity(world, config.response, user_B, video_B, ts_ms_B),
+        videos.clickbait_V[video_B],
+        videos.duration_ms_V[video_B],
+        is_fan(world, user_B, videos.author_V[video_B]),
+        slot_B,
+    )
+
+
+def engagement_at(
+    r: ResponseConfig,
+    affinity_B: np.ndarray,
+    clickbait_B: np.ndarray,
+    duration_ms_B: np.ndarray,
+    fan_B: np.ndarray,
+    slot_B: np.ndarray,
+) -> Engagement:
+    """All that matters once the affinity is known; `fan_B`: followed the author before the log began."""
     reaction_B = {name: sigmoid(bias + slope * affinity_B) for name, (bias, slope) in r.reaction_logits.items()}
     # Nobody follows twice. A follow made during the log changes what is shown, not what is liked, so that the
     # oracle needs the seed alone; the follow table keeps the first of repeated follows.
-    reaction_B["follow"] = reaction_B["follow"] * ~is_fan(world, user_B, videos.author_V[video_B])
+    reaction_B["follow"] = reaction_B["follow"] * ~fan_B
     return Engagement(
         look_B=examination(slot_B, r),
         stay_B=sigmoid(r.click_bias + r.click_slope * affinity_B + r.click_bait * clickbait_B),
@@ -96,7 +112,7 @@ def engagement(
         * np.exp(r.patience_slope * affinity_B + r.patience_bait * clickbait_B)
         * (duration_ms_B / 20_000.0) ** r.patience_duration,
         rewatch_B=sigmoid(r.rewatch_bias + 0.5 * affinity_B),
-        duration_ms_B=duration_ms_B,
+        duration_ms_B=duration_ms_B.astype(np.float64),
         reaction_B=reaction_B,
     )
 

@@ -41,8 +41,18 @@ class Validated:
     """Mask over the input rows: True where the row is in `good`."""
 
 
-def validate(table_name: str, table: pa.Table, *, file: str = "table", now_ms: int | None = None) -> Validated:
-    """Split one canonical table into rows that keep its rules and rows that do not."""
+def validate(
+    table_name: str,
+    table: pa.Table,
+    *,
+    file: str = "table",
+    seen: np.ndarray | None = None,
+    now_ms: int | None = None,
+) -> Validated:
+    """Split one canonical table, or a part of it, into rows that keep its rules and rows that do not.
+
+    `file` is what errors name; `seen` holds the primary keys that earlier parts of a keyed table have kept.
+    """
     table = _conform(table_name, table, file)
     frame = pl.DataFrame(table)
     latest_ts_ms = (int(time.time() * 1000) if now_ms is None else now_ms) + DAY_MS
@@ -51,7 +61,10 @@ def validate(table_name: str, table: pa.Table, *, file: str = "table", now_ms: i
         key = PRIMARY_KEYS[table_name]
         broken = pl.any_horizontal(rule.fill_null(False) for rule in rules.values())
         # Only rows that stand are compared: a broken first row must not cost the good second one its place.
-        rules[f"{key} was already seen"] = ~pl.col(key).is_first_distinct().over(broken) & ~broken
+        repeated = ~pl.col(key).is_first_distinct().over(broken)
+        if seen is not None:
+            repeated |= pl.col(key).is_in(pl.Series(seen))
+        rules[f"{key} was already seen"] = repeated & ~broken
     reasons = list(rules)
     faults = frame.select(rule.fill_null(False).alias(reason) for reason, rule in rules.items())
     fault = np.full(len(table), -1)
@@ -123,6 +136,8 @@ def _widen(
             return column.cast(pa.string())
         if pa.types.is_boolean(found):
             return column.cast(pa.int8())
+        if pa.types.is_null(found):
+            return column.cast(pa.string())
         if pa.types.is_string(found) or pa.types.is_integer(found) or pa.types.is_floating(found):
             return column
         raise SchemaError(f"{where} is {found}; user columns are strings, integers or floats: cast it, or leave it out")

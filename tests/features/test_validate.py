@@ -68,7 +68,8 @@ def test_a_row_that_breaks_one_rule_is_set_aside_under_that_reason(reason: str, 
 def test_the_edges_of_every_rule_are_good() -> None:
     edges = [
         {"ts_ms": EARLIEST_TS_MS}, {"ts_ms": NOW_MS + DAY_MS}, {"watch_ms": 0}, {"watch_ms": DAY_MS},
-        {"duration_ms": 1}, {"like": 1}, {"like": None}, {"propensity": 1.0}, {"propensity": 1e-9}, {"slot": 0}, {"duration_ms": None},
+        {"duration_ms": 1}, {"like": 1}, {"like": None},
+        {"propensity": 1.0}, {"propensity": 1e-9}, {"slot": 0}, {"duration_ms": None},
         {"watch_ms": None}, {"user_id": -(2**63)}, {"user_id": 2**63 - 1},
     ]  # fmt: skip
     split = validate("events", events(*edges), now_ms=NOW_MS)
@@ -117,6 +118,8 @@ def test_the_first_of_a_repeated_video_or_user_is_kept() -> None:
     split = validate("videos", videos)
     assert split.good["music_id"].to_pylist() == [1, 2, 5]
     assert split.counts == {"video_id was already seen": 1, "eligible is null": 1}
+    later = validate("videos", videos.slice(0, 2), seen=np.array([8], dtype=np.int64))
+    assert later.good["video_id"].to_pylist() == [7]
     users = validate("users", pa.table({"user_id": [1, 1], "country": ["de", "fr"]}))
     assert users.good.to_pylist() == [{"user_id": 1, "country": "de"}]
 

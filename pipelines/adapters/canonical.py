@@ -1,0 +1,51 @@
+"""A folder in the canonical layout: events/date=YYYY-MM-DD/*.parquet, and NAME.parquet for each other table.
+
+The simulated world writes one. Columns that a canonical table does not have are left where they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import polars as pl
+
+from features.schema import TABLES
+from features.validate import SchemaError
+from pipelines.adapters import Chunk
+from pipelines.adapters.reading import parquet_columns, read_parquet
+
+
+@dataclass(frozen=True, slots=True)
+class CanonicalAdapter:
+    """A canonical folder; whichever tables are there are read."""
+
+    root: Path
+    name: str = "canonical"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "root", Path(self.root).absolute())
+        if not self.files("events"):
+            raise SchemaError(
+                f"{self.root}: no events/date=YYYY-MM-DD/*.parquet there; point at a folder in the canonical layout, "
+                "or describe your files with a mapping (docs/bring-your-own-logs.md)"
+            )
+
+    def tables(self) -> list[str]:
+        return [table for table in TABLES if self.files(table)]
+
+    def files(self, table: str) -> list[Path]:
+        if table == "events":
+            return sorted((self.root / "events").glob("date=*/*.parquet"))
+        file = self.root / f"{table}.parquet"
+        return [file] if file.exists() else []
+
+    def read(self, table: str, file: Path) -> Iterator[Chunk]:
+        found = parquet_columns(file)
+        columns = [name for name in found if table == "users" or name in TABLES[table].names]
+        for raw in read_parquet(file, columns):
+            rows = {name: raw.frame[name] for name in columns}
+            if table == "events":
+                rows["date"] = pl.Series([file.parent.name.removeprefix("date=")]).new_from_index(0, len(raw.frame))
+            yield raw.chunk(rows)

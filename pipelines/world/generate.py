@@ -1,7 +1,6 @@
 """Runs the world day by day and writes the canonical tables, so that nothing downstream knows it is not real.
 
-A day is a few rounds: in round r every user who opens the feed an r-th time that day gets a page. Memory holds one
-day of events. B requests, S slots.
+Memory holds one day of events at a time. B requests, S slots.
 """
 
 from __future__ import annotations
@@ -17,26 +16,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from features.schema import CANDIDATES, EVENTS, SIGNALS
-from pipelines.world.config import DAY_MS, HOUR_MS, START_MS, WorldConfig
+from pipelines.world.config import DAY_MS, START_MS, WorldConfig
+from pipelines.world.day import Pages, run_day
 from pipelines.world.ids import opaque_ids
-from pipelines.world.logger import Candidates, Logger, draw_page
-from pipelines.world.population import Population, populate, stream
-from pipelines.world.responses import draw, engagement, examination
+from pipelines.world.logger import Logger
+from pipelines.world.population import Population, populate
+from pipelines.world.responses import examination
 from pipelines.world.tables import follows_table, list_column, users_table, videos_table
 
 SURFACE = "feed"
-
-_CHUNK = 20_000
-"""Requests at a time: bounds the memory of a round."""
-
-_SWIPE_MS = 300
-"""Between one video's end and the next one's start."""
-
-_PAUSE_MS = 5_000
-"""Least pause between two pages of a user."""
-
-_HOURLY = np.array([3, 2, 1, 1, 1, 2, 4, 6, 6, 5, 5, 6, 8, 8, 6, 5, 5, 6, 8, 10, 12, 12], dtype=np.float64)
-"""How often the feed is opened by hour of the day; nobody wants it after 22:00, so that a day's pages end in it."""
 
 _PARQUET = {"compression": "zstd", "write_page_checksum": True}
 
@@ -52,21 +40,6 @@ class WorldSummary:
     rates: dict[str, float]
     """Share of the impressions with each signal."""
     mean_watch_ms: float
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Pages:
-    """A round's pages; shapes (B,), (B, S) and, for the candidates, (B, C)."""
-
-    user_B: np.ndarray
-    ts_ms_B: np.ndarray
-    candidates: Candidates
-    video_BS: np.ndarray
-    source_BS: np.ndarray
-    connected_BS: np.ndarray
-    propensity_BS: np.ndarray
-    ts_ms_BS: np.ndarray
-    outcome_BS: dict[str, np.ndarray]
 
 
 def generate(
@@ -89,7 +62,7 @@ def generate(
     with pq.ParquetWriter(out_dir / "candidates.parquet", CANDIDATES, **_PARQUET) as candidates_file:
         for day in range(config.n_days):
             logger.start_day(day)
-            rounds = _run_day(config, world, logger, day)
+            rounds = run_day(config, world, logger, day)
             request_ids = _request_ids(config, n_requests, rounds)
             events = _events_table(config, world, logger, rounds, request_ids)
             _write_day(events, out_dir, day)
@@ -118,74 +91,7 @@ def generate(
     return summary
 
 
-def _run_day(config: WorldConfig, world: Population, logger: Logger, day: int) -> list[_Pages]:
-    rng = stream(config, 7, day)
-    opens_ms_UR = _open_times(config, world, rng)
-    # A page that could run past midnight is not opened: its events would belong to two days.
-    last_start_ms = DAY_MS - config.page_size * (2 * int(world.videos.duration_ms_V.max()) + _SWIPE_MS)
-    free_from_ms_U = np.zeros(config.n_users)
-    rounds: list[_Pages] = []
-    for turn in range(opens_ms_UR.shape[1]):
-        start_ms_U = np.maximum(opens_ms_UR[:, turn], free_from_ms_U)
-        open_now = np.flatnonzero(start_ms_U <= last_start_ms)
-        for start in range(0, len(open_now), _CHUNK):
-            user_B = open_now[start : start + _CHUNK]
-            ts_ms_B = (START_MS + day * DAY_MS + start_ms_U[user_B]).astype(np.int64)
-            pages = _serve_pages(config, world, logger, user_B, ts_ms_B, rng)
-            end_ms_B = pages.ts_ms_BS[:, -1] + pages.outcome_BS["watch_ms"][:, -1]
-            free_from_ms_U[pages.user_B] = end_ms_B - START_MS - day * DAY_MS + _PAUSE_MS
-            rounds.append(pages)
-    return rounds
-
-
-def _open_times(config: WorldConfig, world: Population, rng: np.random.Generator) -> np.ndarray:
-    """(U, R) milliseconds into the day at which each user opens the feed, in order, infinite where not."""
-    count_U = np.minimum(rng.poisson(world.users.requests_per_day_U), config.max_requests_per_day)
-    reach = np.concatenate([[0.0], np.cumsum(_HOURLY)]) / _HOURLY.sum()
-    draw_UR = rng.random((config.n_users, config.max_requests_per_day))
-    opens_ms_UR = np.floor(np.interp(draw_UR, reach, np.arange(len(reach)) * HOUR_MS))
-    opens_ms_UR[np.arange(config.max_requests_per_day) >= count_U[:, None]] = np.inf
-    return np.sort(opens_ms_UR, axis=1)
-
-
-def _serve_pages(
-    config: WorldConfig,
-    world: Population,
-    logger: Logger,
-    user_B: np.ndarray,
-    ts_ms_B: np.ndarray,
-    rng: np.random.Generator,
-) -> _Pages:
-    c = logger.candidates(user_B, ts_ms_B, rng)
-    enough_B = c.valid_BC.sum(axis=1) >= config.page_size  # a user who has seen nearly everything gets no page
-    user_B, ts_ms_B = user_B[enough_B], ts_ms_B[enough_B]
-    c = Candidates(video_BC=c.video_BC[enough_B], source_BC=c.source_BC[enough_B], valid_BC=c.valid_BC[enough_B])
-    chosen_BS, propensity_BS = draw_page(
-        logger.scores(user_B, c), c.valid_BC, config.page_size, config.logger.epsilon, rng
-    )
-    video_BS = np.take_along_axis(c.video_BC, chosen_BS, axis=1)
-    user_BS = np.broadcast_to(user_B[:, None], video_BS.shape)
-    logger.show(user_BS, video_BS)
-    ts_ms_BS, outcomes, now_ms_B = np.empty_like(video_BS), [], ts_ms_B
-    for slot in range(config.page_size):
-        ts_ms_BS[:, slot] = now_ms_B
-        e = engagement(world, config, user_B, video_BS[:, slot], now_ms_B, np.full(len(user_B), slot))
-        outcomes.append(draw(e, config.response, rng))
-        now_ms_B = now_ms_B + outcomes[-1]["watch_ms"] + _SWIPE_MS
-    return _Pages(
-        user_B=user_B,
-        ts_ms_B=ts_ms_B,
-        candidates=c,
-        video_BS=video_BS,
-        source_BS=np.take_along_axis(c.source_BC, chosen_BS, axis=1),
-        connected_BS=logger.is_connected(user_BS, video_BS),
-        propensity_BS=propensity_BS,
-        ts_ms_BS=ts_ms_BS,
-        outcome_BS={name: np.stack([o[name] for o in outcomes], axis=1) for name in outcomes[0]},
-    )
-
-
-def _request_ids(config: WorldConfig, n_before: int, rounds: list[_Pages]) -> list[pa.Array]:
+def _request_ids(config: WorldConfig, n_before: int, rounds: list[Pages]) -> list[pa.Array]:
     """A string array a round; opaque, so that no order can be read from them."""
     ids: list[pa.Array] = []
     for pages in rounds:
@@ -196,7 +102,7 @@ def _request_ids(config: WorldConfig, n_before: int, rounds: list[_Pages]) -> li
 
 
 def _events_table(
-    config: WorldConfig, world: Population, logger: Logger, rounds: list[_Pages], request_ids: list[pa.Array]
+    config: WorldConfig, world: Population, logger: Logger, rounds: list[Pages], request_ids: list[pa.Array]
 ) -> pa.Table:
     """A day's events in order of time."""
     S = config.page_size
@@ -227,7 +133,7 @@ def _events_table(
     return pa.table({field.name: columns[field.name] for field in EVENTS}, schema=EVENTS)
 
 
-def _candidates_table(world: Population, rounds: list[_Pages], request_ids: list[pa.Array]) -> pa.Table:
+def _candidates_table(world: Population, rounds: list[Pages], request_ids: list[pa.Array]) -> pa.Table:
     parts = [
         pa.table(
             {
@@ -246,7 +152,7 @@ def _candidates_table(world: Population, rounds: list[_Pages], request_ids: list
     return pa.concat_tables(parts) if parts else CANDIDATES.empty_table()
 
 
-def _day_follows(config: WorldConfig, world: Population, rounds: list[_Pages]) -> np.ndarray:
+def _day_follows(config: WorldConfig, world: Population, rounds: list[Pages]) -> np.ndarray:
     """(2, F): user_row * n_authors + author_row, and the time, of the day's follow events in order of time."""
     hit = _flat([p.outcome_BS["follow"] for p in rounds]).astype(bool)
     user = _flat([np.repeat(p.user_B, config.page_size) for p in rounds])[hit]
@@ -256,7 +162,7 @@ def _day_follows(config: WorldConfig, world: Population, rounds: list[_Pages]) -
     return np.stack([user * config.n_authors + author, ts_ms])[:, order]
 
 
-def _learn(logger: Logger, rounds: list[_Pages], follow_keys: np.ndarray) -> None:
+def _learn(logger: Logger, rounds: list[Pages], follow_keys: np.ndarray) -> None:
     long_view = _flat([p.outcome_BS["long_view"] for p in rounds])
     logger.learn(_flat([p.video_BS for p in rounds]), long_view, follow_keys)
 

@@ -278,9 +278,10 @@ def print_report(report: ReplayReport, console: Console | None = None) -> None:
 
 def head_table(report: ReplayReport) -> Table:
     """One row a policy and metric. A refused policy shows its diagnostics and no number to be quoted."""
-    table = Table(
-        title=f"replay of {report.requests:,} requests by {report.users:,} users, {report.estimator}, 95% intervals"
-    )
+    slots = report.provenance["slots"]
+    depth = f"first {slots} slot{'s' if slots > 1 else ''}" if slots else "all slots"
+    asked = f"{report.requests:,} requests by {report.users:,} users, {depth}"
+    table = Table(title=f"replay of {asked}; {report.estimator}, 95% intervals")
     table.add_column("policy")
     table.add_column("metric")
     heads = ("estimate", "difference to logged", "matched", "ESS", "ESS/n", "mean w", "max w", "clipped", "top 1%")

@@ -6,6 +6,7 @@ travel through the object store and the same input always gives the same bytes. 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
@@ -31,6 +32,7 @@ from pipelines.adapters import Adapter, Chunk
 
 REPORT_FILE = "ingest.json"
 REPORT_FORMAT = 1
+_EVENTS_FILE = re.compile(r"events/date=([^/]+)/[^/]+\.parquet")
 _DATE = re.compile(r"\d{4}-\d{2}-\d{2}")
 
 
@@ -95,31 +97,33 @@ def ingest(
 
 
 def load_table(dataset: str | Path, name: str) -> pa.Table | None:
-    """One table of an ingested (or canonical) folder with page checksums verified; None when it is not there."""
+    """One table of an ingested (or canonical) folder, verified; None when the folder does not have it."""
     if name == "events":
         return load_events(dataset)
-    file = Path(dataset) / f"{name}.parquet"
-    return _read_verified(file) if file.exists() else None
+    file, root = f"{name}.parquet", Path(dataset)
+    hashes = _written(root)
+    return _read_verified(root, file, hashes[file]) if file in hashes else None
 
 
 def load_events(dataset: str | Path, dates: Sequence[str] | None = None) -> pa.Table:
-    """Events of some or all days with a `date` column, in partition order; a missing or short day is an error."""
+    """Events of some or all days with a `date` column, in partition order; a missing or damaged day is an error."""
     root = Path(dataset)
-    present = {folder.name.removeprefix("date="): folder for folder in sorted((root / "events").glob("date=*"))}
-    expected = _expected_dates(root)
-    wanted = sorted(set(present) | set(expected)) if dates is None else list(dates)
-    if missing := [date for date in wanted if date not in present]:
+    days: dict[str, list[tuple[str, str | None]]] = {}
+    for file, sha256 in sorted(_written(root).items()):
+        if (day := _EVENTS_FILE.fullmatch(file)) is not None:
+            days.setdefault(day[1], []).append((file, sha256))
+    wanted = sorted(days) if dates is None else list(dates)
+    if missing := [date for date in wanted if date not in days]:
         raise IngestError(
-            f"{root}: no events of {', '.join(missing)} (present: {', '.join(present)}); ingest them again"
+            f"{root}: no events of {', '.join(missing)} (it has {', '.join(days)}); ingest them, or ask less"
         )
     if not wanted:
         raise IngestError(f"{root}: no events/date=YYYY-MM-DD folders; run ingest first, or point at its output")
     parts = []
     for date in wanted:
-        rows = pa.concat_tables([_read_verified(file) for file in sorted(present[date].glob("*.parquet"))])
-        if len(rows) != expected.get(date, len(rows)):
-            raise IngestError(f"{present[date]}: {len(rows)} rows, {expected[date]} were written; ingest again")
-        parts.append(rows.append_column("date", pa.array([date], pa.string()).take(pa.array([0] * len(rows)))))
+        for file, sha256 in days[date]:
+            rows = _read_verified(root, file, sha256)
+            parts.append(rows.append_column("date", pa.repeat(pa.scalar(date, pa.string()), len(rows))))
     return pa.concat_tables(parts, promote_options="default")
 
 
@@ -352,7 +356,9 @@ def _check_sums(counts: dict[str, TableCount], dates: dict[str, int]) -> None:
 
 def _write_report(path: Path, adapter: str, counts: dict[str, TableCount], dates: dict[str, int]) -> None:
     tables = {table: asdict(count) for table, count in counts.items()}
-    report = {"format": REPORT_FORMAT, "adapter": adapter, "dates": dates, "tables": tables}
+    written = sorted(file.relative_to(path.parent).as_posix() for file in path.parent.rglob("*.parquet"))
+    sha256 = {file: _sha256(path.parent / file) for file in written}
+    report = {"format": REPORT_FORMAT, "adapter": adapter, "dates": dates, "tables": tables, "sha256": sha256}
     path.write_text(json.dumps(report, indent=2, sort_keys=True) + "\n")
 
 
@@ -369,18 +375,30 @@ def _replace(out: Path, fresh: Path, old: Path) -> None:
     os.rename(fresh, out)
 
 
-def _read_verified(file: Path) -> pa.Table:
+def _written(root: Path) -> dict[str, str | None]:
+    """Files of a dataset with the hashes ingest gave them; no hashes for a canonical folder that no ingest wrote."""
+    report = root / REPORT_FILE
+    if report.exists():
+        return json.loads(report.read_text())["sha256"]
+    found = [*root.glob("*.parquet"), *root.glob("events/date=*/*.parquet")]
+    return {file.relative_to(root).as_posix(): None for file in found}
+
+
+def _read_verified(root: Path, name: str, sha256: str | None) -> pa.Table:
+    """Page checksums leave out the footer, where a flipped bit renames a column; so the file is hashed too."""
+    file = root / name
     try:
+        if sha256 is not None and (found := _sha256(file)) != sha256:
+            raise IngestError(f"{file} is damaged (sha256 {found}, written as {sha256}); ingest again from the source")
         return _read(file)
-    except (pa.ArrowInvalid, OSError) as error:
-        raise IngestError(f"{file} is damaged ({error}); ingest again from the source") from error
+    except (pa.ArrowException, OSError) as error:
+        raise IngestError(f"{file} is damaged or gone ({error}); ingest again from the source") from error
 
 
 def _read(file: Path) -> pa.Table:
     return pq.ParquetFile(file, page_checksum_verification=True).read()
 
 
-def _expected_dates(root: Path) -> dict[str, int]:
-    """Rows by day as ingest wrote them; empty for a canonical folder that no ingest wrote."""
-    report = root / REPORT_FILE
-    return json.loads(report.read_text())["dates"] if report.exists() else {}
+def _sha256(file: Path) -> str:
+    with file.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()

@@ -142,7 +142,7 @@ def _column(raw: RawChunk, table: str, name: str, source: Source) -> pl.Series:
         return pl.Series([source.value]).new_from_index(0, len(raw.frame))
     values = raw.frame[source.column]
     if source.one_of is not None:
-        return values.cast(pl.String).is_in([str(value) for value in source.one_of]).cast(pl.Int8)
+        return values.cast(pl.String).is_in([str(value) for value in source.one_of]).fill_null(False).cast(pl.Int8)
     if source.hash:
         hashes = pl.Series(hash_strings(values.cast(pl.String).to_list(), ID_HASH_SEED).view("int64"))
         return hashes.zip_with(values.is_not_null(), pl.Series([None], dtype=pl.Int64).new_from_index(0, len(values)))

@@ -144,7 +144,7 @@ def read_parquet(file: Path, columns: Sequence[str] | None = None) -> Iterator[R
             frame = pl.DataFrame(pa.Table.from_batches([batch]))
             yield RawChunk(frame=frame, lines=np.arange(line, line + len(frame)))
             line += len(frame)
-    except (pa.ArrowInvalid, OSError) as error:
+    except (pa.ArrowException, OSError) as error:
         raise SchemaError(f"{file}: not readable as Parquet ({error}); write or fetch it again") from error
 
 
@@ -152,7 +152,7 @@ def parquet_columns(file: Path) -> list[str]:
     """Column names of a Parquet file."""
     try:
         return pq.read_schema(file).names
-    except (pa.ArrowInvalid, OSError) as error:
+    except (pa.ArrowException, OSError) as error:
         raise SchemaError(f"{file}: not readable as Parquet ({error}); write or fetch it again") from error
 
 

@@ -152,10 +152,12 @@ class UserBootstrap:
         rows, rewards = columns.by_slot(np.ones(len(reward))), columns.by_slot(reward)
         plan = {"logged": (rewards, rows)}
         plan["replay"] = (columns.total(weights.matched * reward), columns.total(weights.matched))
-        for clip in clips:
-            for family, raw in (("ips", weights.step), ("rips", weights.cascade)):
+        for family, raw in (("ips", weights.step), ("rips", weights.cascade)):
+            unclipped = columns.by_slot(raw * reward), columns.by_slot(raw)
+            for clip in clips:
                 w = np.minimum(raw, clip)
-                earned, carried = columns.by_slot(w * reward), columns.by_slot(w)
+                bites = raw.max() > clip
+                earned, carried = (columns.by_slot(w * reward), columns.by_slot(w)) if bites else unclipped
                 plan[_named(family, clip)] = (earned, rows)
                 plan[_named(f"sn{family}", clip)] = (earned, carried)
         sums_UM = columns.matrix()

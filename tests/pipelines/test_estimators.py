@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from itertools import permutations
+from pathlib import Path
 
 import numpy as np
+import polars as pl
 import pytest
 
 from pipelines.estimators import Slates, UserBootstrap, diagnose, weigh
 
+OPEN_BANDIT = Path(__file__).resolve().parents[2].parent / "shared/data/open-bandit"
 VIDEOS, SLOTS = 4, 2
 LOGGER = np.array([1.0, 0.5, 0.8, 0.2])
 TARGET = np.array([0.3, 1.0, 0.5, 0.9])
@@ -146,3 +149,17 @@ def test_users_who_come_often_widen_the_interval():
     found = UserBootstrap(slates, 400, seed=1).estimate(weigh(slates, slates.logged, np.ones(2000)), reward)["logged"]
     as_if_rows_were_independent = 2 * 1.96 * reward.std() / np.sqrt(2000)
     assert found.value.high - found.value.low > 4 * as_if_rows_were_independent
+
+
+@pytest.mark.skipif(not OPEN_BANDIT.exists(), reason=f"the Open Bandit sample is not at {OPEN_BANDIT}")
+def test_the_uniform_policy_is_estimated_from_the_thompson_sampling_log_of_open_bandit():
+    """Real propensities: the random bucket's own click rate, .0046, is the truth to be covered."""
+    log = pl.read_csv(OPEN_BANDIT / "bts/men/men.csv")
+    truth = pl.read_csv(OPEN_BANDIT / "random/men/men.csv")["click"].to_numpy().mean()
+    rows = np.arange(len(log))
+    slates = Slates(request=rows, slot=np.zeros_like(rows), user=rows, logged=log["propensity_score"].to_numpy())
+    weights = weigh(slates, np.full(len(rows), 1 / 34), np.zeros(len(rows)))
+    assert diagnose(weights, "snips", clip=100).effective_sample_size == pytest.approx(656, abs=1)
+    found = UserBootstrap(slates, 500, seed=0).estimate(weights, log["click"].to_numpy().astype(float))["snips"]
+    assert found.value.estimate == pytest.approx(0.0032, abs=5e-5)
+    assert found.value.low < truth < found.value.high

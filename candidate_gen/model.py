@@ -1,0 +1,264 @@
+"""Two towers: a video's features become one vector, a user's features and history another; their dot product ranks.
+
+B users, L history, U distinct videos of the batch, N positions that want a user vector, D width of the vectors,
+F joined embeddings. Position p of a history has seen its first p events, so 0 is the user without any.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn import functional
+from torchrec.modules.embedding_configs import EmbeddingBagConfig, PoolingType
+from torchrec.modules.embedding_modules import EmbeddingBagCollection
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
+
+from candidate_gen.loss import sampled_softmax
+from features.batch import Batch
+from features.dataset import Dataset
+from features.history import GAP_BUCKETS
+from features.schema import SIGNALS
+from features.spec import Categorical
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TowerConfig:
+    """Architecture, loss and sampling of the towers."""
+
+    dim: int = 64
+    """Width of both towers' output; vectors are L2-normalised."""
+    embedding_dim: int = 32
+    """Width of every embedding table; TorchRec's CPU kernels want a multiple of 4."""
+    hidden: int = 256
+    """Width of the hidden layer in either tower's MLP."""
+    layers: int = 2
+    """Transformer layers over the history."""
+    heads: int = 2
+    dropout: float = 0.1
+    """Inside the transformer."""
+    id_dropout: float = 0.15
+    """Share of ids (of video and user) that each training step treats as unknown, so that content alone must do."""
+    temperature: float = 0.05
+    """Cosines are divided by this before the softmax."""
+    positives: tuple[str, ...] = ("long_view",)
+    """An impression with any of these signals is something to retrieve."""
+    uniform_negatives: int = 1024
+    """Videos drawn uniformly a batch, beside the positives of the batch's other users."""
+    in_batch_negatives: bool = True
+    correct_sampling: bool = True
+    """logQ: weigh negatives by how often they are drawn. Off, popular videos are pushed down."""
+    window_stride: int = 25
+    """Training windows of one user begin this many events apart; a target then sees at least history - stride."""
+
+    def __post_init__(self) -> None:
+        if unknown := set(self.positives) - set(SIGNALS):
+            raise ValueError(f"TowerConfig.positives: {sorted(unknown)} are no signals; choose from {SIGNALS}")
+        if not self.positives:
+            raise ValueError("TowerConfig.positives is empty: name at least one signal to retrieve by")
+        if self.dim % self.heads:
+            raise ValueError(f"TowerConfig.dim {self.dim} is not a multiple of heads {self.heads}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TowerSizes:
+    """What of the data the weights depend on; exported beside them."""
+
+    user_tables: tuple[tuple[str, int], ...]
+    """(feature, rows of its table), in the order of the batch."""
+    video_tables: tuple[tuple[str, int], ...]
+    id_features: tuple[str, ...]
+    """Tables whose row 0 means an id without training data."""
+    user_dense: int
+    """Leading dense columns of a user that are read; the counters behind them are of one day, a window spans many."""
+    video_dense: int
+    surface_rows: int
+    history_length: int
+
+    @classmethod
+    def of(cls, dataset: Dataset) -> TowerSizes:
+        """The sizes of a dataset's encoder."""
+        encoder = dataset.encoder
+        user, video = encoder.columns("user"), encoder.columns("video")
+        known_only = [f for f in (*encoder.spec.user, *encoder.spec.video) if isinstance(f, Categorical)]
+        return cls(
+            user_tables=tuple(zip(user.names, user.table_rows, strict=True)),
+            video_tables=tuple(zip(video.names, video.table_rows, strict=True)),
+            id_features=tuple(f.name for f in known_only if f.known_only),
+            user_dense=encoder.dense_width("user"),
+            video_dense=encoder.dense_width("video"),
+            surface_rows=encoder.spec.surface_rows,
+            history_length=encoder.spec.history_length,
+        )
+
+
+class TowersModel(nn.Module):
+    """Both towers and their loss; each EmbeddingBagCollection is looked up once a forward."""
+
+    def __init__(self, config: TowerConfig, sizes: TowerSizes) -> None:
+        super().__init__()
+        self.config, self.sizes = config, sizes
+        self.user_ebc = _embeddings(sizes.user_tables, config.embedding_dim)
+        self.video_ebc = _embeddings(sizes.video_tables, config.embedding_dim)
+        self.user_features = JoinedFeatures(sizes.user_tables, sizes.id_features, sizes.user_dense, config)
+        self.video_features = JoinedFeatures(sizes.video_tables, sizes.id_features, sizes.video_dense, config)
+        self.video_mlp = _mlp(self.video_features.width, config.hidden, config.dim)
+        self.history = HistoryEncoder(config, sizes.history_length)
+        self.surface = nn.Embedding(sizes.surface_rows, config.embedding_dim)
+        self.gap = nn.Embedding(GAP_BUCKETS, config.embedding_dim)
+        for table in (self.surface, self.gap):
+            nn.init.normal_(table.weight, std=0.02)
+        query_width = config.dim + self.user_features.width + 2 * config.embedding_dim
+        self.user_mlp = _mlp(query_width, config.hidden, config.dim)
+
+    def forward(self, batch: Batch, targets: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """`targets`: for each candidate its history position, surface and gap, and log expected draws as a negative."""
+        video_UD = self.encode_videos(batch.video, batch.video_dense_UD)
+        user_ND = self.encode_users(
+            batch, video_UD, batch.owner_N, targets["position_N"], targets["surface_N"], targets["gap_N"]
+        )
+        unit_UD = functional.normalize(video_UD, dim=-1)
+        return sampled_softmax(
+            user_ND,
+            unit_UD,
+            positive_N=batch.candidate_N,
+            owner_N=batch.owner_N,
+            uniform_X=batch.extra_X,
+            log_draws_N=targets["log_draws_N"],
+            log_draws_X=targets["log_draws_X"],
+            temperature=self.config.temperature,
+            in_batch=self.config.in_batch_negatives,
+            correct=self.config.correct_sampling,
+        )
+
+    def encode_videos(self, video: KeyedJaggedTensor, dense_UD: torch.Tensor) -> torch.Tensor:
+        """(U, D) before normalisation: what the history reads, and what normalised is the video's vector."""
+        return self.video_mlp(self.video_features(self.video_ebc(video), video, dense_UD))
+
+    def encode_users(
+        self,
+        batch: Batch,
+        video_UD: torch.Tensor,
+        owner_N: torch.Tensor,
+        position_N: torch.Tensor,
+        surface_N: torch.Tensor,
+        gap_N: torch.Tensor,
+    ) -> torch.Tensor:
+        """(N, D) normalised: user `owner` after `position` events, asking on a surface, a gap after the last event."""
+        user_BF = self.user_features(self.user_ebc(batch.user), batch.user, batch.user_dense_BD)
+        state_BPD = self.history(video_UD[batch.history_BL], batch.history_signals_BLS, batch.history_watch_BL)
+        state_ND = state_BPD[owner_N, position_N]
+        if self.training:  # row 0, "no surface", must be of use to whoever asks without one
+            keep_N = torch.rand(len(surface_N), device=surface_N.device) >= self.config.id_dropout
+            surface_N = surface_N * keep_N
+        query_NQ = torch.cat([state_ND, user_BF[owner_N], self.surface(surface_N), self.gap(gap_N)], dim=-1)
+        return functional.normalize(state_ND + self.user_mlp(query_NQ), dim=-1)
+
+
+class JoinedFeatures(nn.Module):
+    """Pooled embeddings and dense features side by side; an unknown or dropped id becomes one learned vector."""
+
+    def __init__(
+        self, tables: tuple[tuple[str, int], ...], id_features: tuple[str, ...], dense: int, config: TowerConfig
+    ) -> None:
+        super().__init__()
+        self.names = tuple(name for name, _ in tables)
+        self.unknown = nn.ParameterDict(
+            {name: nn.Parameter(torch.zeros(config.embedding_dim)) for name in self.names if name in id_features}
+        )
+        self.dense, self.id_dropout = dense, config.id_dropout
+        self.width = len(tables) * config.embedding_dim + dense
+
+    def forward(self, pooled: KeyedTensor, rows: KeyedJaggedTensor, dense_ND: torch.Tensor) -> torch.Tensor:
+        parts = []
+        for name in self.names:
+            part = pooled[name]
+            if name in self.unknown:
+                known_N1 = self._known(rows, name).unsqueeze(1)
+                part = torch.where(known_N1, part, self.unknown[name])
+            parts.append(part)
+        return torch.cat([*parts, dense_ND[:, : self.dense]], dim=-1)
+
+    def _known(self, rows: KeyedJaggedTensor, name: str) -> torch.Tensor:
+        """(N,) bool: the id has a trained row, and this step's dropout spares it."""
+        bags = rows[name]
+        lengths_N = bags.lengths()
+        known_N = torch.zeros(len(lengths_N), dtype=torch.bool, device=lengths_N.device)
+        known_N[lengths_N > 0] = bags.values() > 0
+        if self.training and self.id_dropout > 0:
+            known_N &= torch.rand(len(known_N), device=known_N.device) >= self.id_dropout
+        return known_N
+
+
+class HistoryEncoder(nn.Module):
+    """Causal transformer over a start token and L events; state p has seen events 0 .. p-1."""
+
+    def __init__(self, config: TowerConfig, history_length: int) -> None:
+        super().__init__()
+        self.start_D = nn.Parameter(torch.randn(config.dim) * 0.02)
+        self.video = nn.Linear(config.dim, config.dim)
+        self.feedback = nn.Linear(len(SIGNALS) + 1, config.dim)
+        self.layers = nn.ModuleList(CausalLayer(config, history_length + 1) for _ in range(config.layers))
+        self.norm = nn.LayerNorm(config.dim)
+
+    def forward(self, video_BLD: torch.Tensor, signals_BLS: torch.Tensor, watch_BL: torch.Tensor) -> torch.Tensor:
+        """(B, L + 1, D). Padding stands behind the last event, where no state that is read can see it."""
+        feedback_BLD = self.feedback(torch.cat([signals_BLS, watch_BL.unsqueeze(-1)], dim=-1))
+        event_BLD = self.video(video_BLD) + feedback_BLD
+        start_B1D = self.start_D.expand(len(event_BLD), 1, -1)
+        state_BPD = torch.cat([start_B1D, event_BLD], dim=1)
+        for layer in self.layers:
+            state_BPD = layer(state_BPD)
+        return self.norm(state_BPD)
+
+
+class CausalLayer(nn.Module):
+    """Pre-norm attention and MLP. Attention knows how many events back a token lies, not where the window began,
+    so that cutting a history elsewhere changes nothing but what is cut off."""
+
+    def __init__(self, config: TowerConfig, positions: int) -> None:
+        super().__init__()
+        self.heads, self.dropout = config.heads, config.dropout
+        self.attention_norm, self.mlp_norm = nn.LayerNorm(config.dim), nn.LayerNorm(config.dim)
+        self.query_key_value = nn.Linear(config.dim, 3 * config.dim)
+        self.out = nn.Linear(config.dim, config.dim)
+        self.mlp = _mlp(config.dim, 2 * config.dim, config.dim)
+        self.bias_HP = nn.Parameter(torch.zeros(config.heads, positions))
+        """Attention bias by head and distance."""
+
+    def forward(self, state_BPD: torch.Tensor) -> torch.Tensor:
+        n, positions, dim = state_BPD.shape
+        split = self.query_key_value(self.attention_norm(state_BPD)).view(n, positions, 3, self.heads, -1)
+        query, key, value = split.permute(2, 0, 3, 1, 4)
+        at_P = torch.arange(positions, device=state_BPD.device)
+        distance_PP = at_P[:, None] - at_P[None, :]
+        bias_HPP = self.bias_HP[:, distance_PP.clamp(min=0)].masked_fill(distance_PP < 0, float("-inf"))
+        drop = self.dropout if self.training else 0.0
+        seen = functional.scaled_dot_product_attention(query, key, value, attn_mask=bias_HPP)
+        seen_BPD = seen.transpose(1, 2).reshape(n, positions, dim)
+        state_BPD = state_BPD + functional.dropout(self.out(seen_BPD), drop)
+        return state_BPD + functional.dropout(self.mlp(self.mlp_norm(state_BPD)), drop)
+
+
+def _embeddings(tables: tuple[tuple[str, int], ...], dim: int) -> EmbeddingBagCollection:
+    """One table a feature, lists mean-pooled. Rows start near zero: an id seen once says little beside the content."""
+    return EmbeddingBagCollection(
+        device=torch.device("cpu"),
+        tables=[
+            EmbeddingBagConfig(
+                name=name,
+                feature_names=[name],
+                num_embeddings=rows,
+                embedding_dim=dim,
+                pooling=PoolingType.MEAN,
+                weight_init_min=-0.01,
+                weight_init_max=0.01,
+            )
+            for name, rows in tables
+        ],
+    )
+
+
+def _mlp(width: int, hidden: int, out: int) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, out))

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
@@ -34,6 +35,9 @@ __all__ = ["ReplayInputError", "ReplayReport", "Thresholds", "print_report", "re
 
 SCHEMA_VERSION = 1
 
+MEND = "log more requests or explore more, judge fewer slots, or judge a policy closer to the logger"
+"""What helps when a log cannot answer."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Thresholds:
@@ -50,30 +54,26 @@ class Thresholds:
     """When 1% of the rows carry half of the weight the estimate is those rows' luck."""
 
     def reasons(self, found: Diagnostics) -> list[str]:
-        """Why these weights cannot be trusted and what would mend it; empty when they can."""
+        """Why these weights cannot be trusted; empty when they can."""
         reasons = []
         if found.effective_sample_size < self.min_effective_sample_size:
             reasons.append(
-                f"effective sample size {found.effective_sample_size:.0f} is below "
-                f"{self.min_effective_sample_size:.0f}: log more requests, judge fewer slots, or judge a policy closer "
-                "to the logger (higher temperature or epsilon)"
+                f"effective sample size {found.effective_sample_size:.0f} is below {self.min_effective_sample_size:.0f}"
             )
         if found.effective_share < self.min_effective_share:
             reasons.append(
-                f"only {found.effective_share:.2%} of {found.rows} rows are effective, below "
-                f"{self.min_effective_share:.0%}: the policy hardly overlaps the logger; log with more exploration, "
-                "or judge fewer slots"
+                f"only {found.effective_share:.2%} of {found.rows:,} rows are effective, below "
+                f"{self.min_effective_share:.0%}: the policy hardly overlaps the logger"
             )
         if not abs(found.mean_weight - 1) <= self.max_mean_weight_error:
             reasons.append(
                 f"mean weight {found.mean_weight:.3f} is more than {self.max_mean_weight_error:g} away from 1: the "
-                "logger never shows part of what the policy shows, its propensities are wrong, or the rows are too few "
-                "to tell; log with exploration, log more, or judge fewer slots"
+                "logger never shows part of what the policy shows, its propensities are wrong, or the rows are too few"
             )
         if found.top_percent_share > self.max_top_percent_share:
             reasons.append(
                 f"1% of the rows carry {found.top_percent_share:.0%} of the weight, above "
-                f"{self.max_top_percent_share:.0%}: log more requests, or judge fewer slots"
+                f"{self.max_top_percent_share:.0%}"
             )
         return reasons
 
@@ -250,7 +250,7 @@ def _verdict(results: Sequence[PolicyResult], metrics: tuple[str, ...], head: st
     sentences, silent, refused = [], [], []
     for result in others:
         difference = result.metrics[metric][head].difference
-        size = f"{_shown(difference, sign='+')} {metric} a shown video"
+        size = f"{_shown(difference, 4, sign='+')} {metric} a shown video"
         if result.refused:
             refused.append(result.policy)
         elif difference.low > 0:
@@ -262,34 +262,49 @@ def _verdict(results: Sequence[PolicyResult], metrics: tuple[str, ...], head: st
     if silent:
         sentences.append(f"No evidence of a difference from the logged policy for {', '.join(silent)}.")
     if refused:
-        sentences.append(f"This log cannot say how {', '.join(refused)} would have done.")
+        sentences.append(f"This log cannot say how {', '.join(refused)} would have done: {MEND}.")
     return " ".join(sentences)
 
 
 def print_report(report: ReplayReport, console: Console | None = None) -> None:
-    """The head table, the refusals and the verdict."""
+    """The head table, how far the weights can be trusted, the refusals and the verdict."""
     console = console or Console()
     console.print(head_table(report))
+    console.print(weight_table(report))
     for policy, reasons in report.refused.items():
-        for reason in reasons:
-            console.print(f"[bold]refused[/bold] {policy}: {reason}", highlight=False)
+        console.print(f"[bold]refused[/bold] {policy}: {'; '.join(reasons)}", highlight=False)
     console.print(report.verdict, highlight=False)
 
 
 def head_table(report: ReplayReport) -> Table:
-    """One row a policy and metric. A refused policy shows its diagnostics and no number to be quoted."""
+    """One row a policy and metric. A refused policy has no number to be quoted."""
     slots = report.provenance["slots"]
     depth = f"first {slots} slot{'s' if slots > 1 else ''}" if slots else "all slots"
     asked = f"{report.requests:,} requests by {report.users:,} users, {depth}"
-    table = Table(title=f"replay of {asked}; {report.estimator}, 95% intervals")
-    table.add_column("policy")
-    table.add_column("metric")
-    heads = ("estimate", "difference to logged", "matched", "ESS", "ESS/n", "mean w", "max w", "clipped", "top 1%")
-    for head in heads:
-        table.add_column(head, justify="right")
+    table = Table(title=f"replay of {asked}; {report.estimator}", box=SIMPLE, pad_edge=False)
+    for name in ("policy", "metric"):
+        table.add_column(name, no_wrap=True)
+    for name in ("estimate [95%]", "less logged [95%]"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for result in report.policies:
+        for metric in report.metrics:
+            found = result.metrics[metric][report.estimator]
+            digits = 4 if abs(found.value.estimate) < 1 else 2
+            numbers = (_shown(found.value, digits), _shown(found.difference, digits, sign="+"))
+            table.add_row(result.policy, metric, *(("refused", "") if result.refused else numbers))
+    return table
+
+
+def weight_table(report: ReplayReport) -> Table:
+    """One row a policy: overlap with the logger and what the importance weights look like."""
+    table = Table(box=SIMPLE)
+    table.add_column("policy", no_wrap=True)
+    for name in ("matched", "ESS", "ESS/n", "mean w", "max w", "clipped", "top 1%"):
+        table.add_column(name, justify="right", no_wrap=True)
     for result in report.policies:
         d = result.diagnostics
-        weights = (
+        table.add_row(
+            result.policy,
             f"{d.match_rate:.1%}",
             f"{d.effective_sample_size:,.0f}",
             f"{d.effective_share:.1%}",
@@ -298,15 +313,12 @@ def head_table(report: ReplayReport) -> Table:
             f"{d.share_clipped:.2%}",
             f"{d.top_percent_share:.0%}",
         )
-        for metric in report.metrics:
-            found = result.metrics[metric][report.estimator]
-            numbers = ("refused", "") if result.refused else (_shown(found.value), _shown(found.difference, sign="+"))
-            table.add_row(result.policy, metric, *numbers, *weights)
     return table
 
 
-def _shown(interval: Interval, sign: str = "") -> str:
-    return f"{interval.estimate:{sign}.4f} [{interval.low:{sign}.4f}, {interval.high:{sign}.4f}]"
+def _shown(interval: Interval, digits: int, sign: str = "") -> str:
+    low, middle, high = (f"{x:{sign}.{digits}f}" for x in (interval.low, interval.estimate, interval.high))
+    return f"{middle} [{low}, {high}]"
 
 
 def _plain(value: Any) -> Any:

@@ -16,7 +16,7 @@ import time
 import uuid
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -49,14 +49,19 @@ class Progress:
     done: int
     total: int
 
+    def __str__(self) -> str:
+        return f"{self.label}: {self.rows:,} rows ({self.done} of {self.total})"
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TableCount:
-    """Where the rows of one table (or one file of it) went: `rows_in` is always `kept` plus all of `quarantined`."""
+    """Where the rows of one table (or one file of it) went: `rows_in` is always `kept` plus `quarantined`."""
 
     rows_in: int
     kept: int
-    quarantined: dict[str, int]
+    quarantined: int
+    reasons: dict[str, int]
+    """Quarantined rows by reason; they add up to `quarantined`."""
     exact_duplicates: int | None
     """Events equal to an earlier one in everything but request_id: kept, and counted here. Null where not counted."""
     files: dict[str, TableCount]
@@ -163,7 +168,7 @@ def _ingest_into(
     if "events" in counts:
         repeated = sum(result["exact_duplicates"] for result in finished)
         events = counts["events"]
-        counts["events"] = _count(events.rows_in, events.kept, events.quarantined, repeated, events.files)
+        counts["events"] = replace(events, exact_duplicates=repeated)
     _collect_quarantine(work, adapter.tables())
     _check_sums(counts, dates)
     return counts, dates
@@ -218,7 +223,7 @@ def _do(row: dict[str, Any], work: Callable[[dict[str, Any]], dict[str, Any]]) -
 def _ingest_job(job: dict[str, Any], adapter: Adapter, work: Path) -> dict[str, Any]:
     """On a worker: read the job's files, validate, write good rows and quarantine; returns the counts by file."""
     table = job["table"]
-    files = {file: {"rows_in": 0, "kept": 0, "quarantined": {}} for file in job["files"]}
+    files = {file: {"rows_in": 0, "kept": 0, "reasons": {}} for file in job["files"]}
     chunks = ((file, chunk) for file in job["files"] for chunk in adapter.read(table, Path(file)))
     seen_N = np.zeros(0, dtype=np.int64)
     writer: pq.ParquetWriter | None = None
@@ -232,7 +237,7 @@ def _ingest_job(job: dict[str, Any], adapter: Adapter, work: Path) -> dict[str, 
         count = files[file]
         count["rows_in"] += len(chunk.rows) + len(chunk.malformed)
         count["kept"] += len(split.good)
-        count["quarantined"] = dict(Counter(count["quarantined"]) + faults)
+        count["reasons"] = dict(Counter(count["reasons"]) + faults)
         if table == "events":
             _write_pieces(work / "pieces", name, split.good, _dates(chunk, split))
             continue
@@ -310,12 +315,10 @@ def _quarantined(work: Path, table: str) -> pa.Table | None:
 
 
 def _refuse_if_bad(table: str, count: TableCount, max_bad_share: float, work: Path) -> None:
-    bad = count.rows_in - count.kept
+    bad = count.quarantined
     if bad == 0 or bad / count.rows_in <= max_bad_share:
         return
-    by_reason = ", ".join(
-        f"{reason}: {rows}" for reason, rows in sorted(count.quarantined.items(), key=lambda e: -e[1])
-    )
+    by_reason = ", ".join(f"{reason}: {rows}" for reason, rows in sorted(count.reasons.items(), key=lambda e: -e[1]))
     rows = _quarantined(work, table)
     examples = rows.select(["file", "line", QUARANTINE_REASON]).slice(0, 3).to_pylist() if rows is not None else []
     places = "; ".join(f"{row['file']} line {row['line']} ({row[QUARANTINE_REASON]})" for row in examples)
@@ -326,30 +329,25 @@ def _refuse_if_bad(table: str, count: TableCount, max_bad_share: float, work: Pa
     )
 
 
-def _count(
-    rows_in: int, kept: int, quarantined: dict[str, int], repeated: int | None = None, files: Any = None
-) -> TableCount:
-    return TableCount(
-        rows_in=rows_in, kept=kept, quarantined=quarantined, exact_duplicates=repeated, files=dict(files or {})
-    )
+def _count(rows_in: int, kept: int, reasons: dict[str, int]) -> TableCount:
+    bad = sum(reasons.values())
+    return TableCount(rows_in=rows_in, kept=kept, quarantined=bad, reasons=reasons, exact_duplicates=None, files={})
 
 
 def _sum(files: dict[str, TableCount]) -> TableCount:
-    quarantined: Counter[str] = Counter()
+    reasons: Counter[str] = Counter()
     for count in files.values():
-        quarantined.update(count.quarantined)
+        reasons.update(count.reasons)
     rows_in, kept = (sum(getattr(count, name) for count in files.values()) for name in ("rows_in", "kept"))
-    return _count(rows_in, kept, dict(quarantined), files=files)
+    return replace(_count(rows_in, kept, dict(reasons)), files=files)
 
 
 def _check_sums(counts: dict[str, TableCount], dates: dict[str, int]) -> None:
     """in = kept + quarantined, for every table and file, and the partitions hold what was kept."""
     for table, count in counts.items():
         for name, part in {table: count, **count.files}.items():
-            if part.rows_in != part.kept + sum(part.quarantined.values()):
-                raise IngestError(
-                    f"{name}: {part.rows_in} rows came in, {part.kept} kept and {part.quarantined} set aside"
-                )
+            if part.rows_in != part.kept + part.quarantined:
+                raise IngestError(f"{name}: {part.rows_in} rows in, {part.kept} kept, {part.quarantined} set aside")
     if "events" in counts and sum(dates.values()) != counts["events"].kept:
         raise IngestError(f"events: kept {counts['events'].kept} rows, but the partitions hold {sum(dates.values())}")
 

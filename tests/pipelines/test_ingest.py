@@ -62,7 +62,8 @@ def test_every_row_is_kept_or_set_aside_in_input_order_and_bytes_repeat(tmp_path
     seen: list[Progress] = []
     report = ingest(adapter, tmp_path / "out", on_progress=seen.append)
     events = report.tables["events"]
-    assert (events.rows_in, events.kept, events.quarantined) == (200, 196, {"watch_ms is negative": 4})
+    assert (events.rows_in, events.kept, events.quarantined) == (200, 196, 4)
+    assert events.reasons == {"watch_ms is negative": 4}
     assert events.exact_duplicates == 2
     assert [count.rows_in for count in events.files.values()] == [60, 40, 60, 40]
     assert report.dates == dict.fromkeys(DAYS, 98)
@@ -144,7 +145,7 @@ def test_the_second_row_of_a_user_in_another_file_is_set_aside(tmp_path: Path) -
     pq.write_table(pa.table({"u": [6, 7, 8]}), tmp_path / "u2.parquet")
     (tmp_path / "m.toml").write_text('[users]\nfiles = "u*.parquet"\ncolumns = { user_id = "u" }\n')
     report = ingest(MappingAdapter(tmp_path / "m.toml"), tmp_path / "out", max_bad_share=0.2)
-    assert report.tables["users"].quarantined == {"user_id was already seen": 1}
+    assert report.tables["users"].reasons == {"user_id was already seen": 1}
     assert load_table(tmp_path / "out", "users")["user_id"].to_pylist() == [5, 6, 7, 8]
 
 
@@ -161,7 +162,7 @@ def test_the_worked_example_of_the_documentation_runs(tmp_path: Path, monkeypatc
     monkeypatch.chdir(tmp_path)
     names = runpy.run_path("example.py")
     dates, long_view, like = (names["events"][name].to_pylist() for name in ("date", "long_view", "like"))
-    quarantined = names["report"].tables["events"].quarantined
+    quarantined = names["report"].tables["events"].reasons
     assert dates == ["2026-01-31", "2026-02-01"]
     assert (long_view, like) == ([0, 1], [0, 1])
     assert quarantined == {"watch_ms is negative": 1, "the line has 4 fields, its header 5": 1}

@@ -13,6 +13,7 @@ from typing import cast
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 from torchrec import EmbeddingBagCollection
 from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
 from torchrec.distributed.model_parallel import DistributedModelParallel
@@ -68,10 +69,22 @@ def shard(
     )
     sharders = [cast("ModuleSharder[nn.Module]", EmbeddingBagCollectionSharder())]
     plan = planner.collective_plan(module, sharders, group)
+    whole = module.state_dict()
     model = DistributedModelParallel(
         module, env=ShardingEnv.from_process_group(group), device=device, plan=plan, sharders=sharders
     )
+    _copy_in(model, whole)
     return model, _placement(plan, collections)
+
+
+@torch.no_grad()
+def _copy_in(model: DistributedModelParallel, whole: dict[str, torch.Tensor]) -> None:
+    """Sharded tables begin with the module's own values; TorchRec draws new ones, another set on each worker."""
+    for name, tensor in model.state_dict().items():
+        if isinstance(tensor, ShardedTensor):
+            for part in tensor.local_shards():
+                spans = zip(part.metadata.shard_offsets, part.metadata.shard_sizes, strict=True)
+                part.tensor.copy_(whole[name][tuple(slice(start, start + size) for start, size in spans)])
 
 
 def dense_parameters(model: DistributedModelParallel) -> dict[str, nn.Parameter]:

@@ -90,6 +90,7 @@ class TrainConfig:
 class Progress:
     """What a run tells about itself, a few times a second."""
 
+    name: str
     epoch: int
     epochs: int
     step: int
@@ -145,9 +146,9 @@ def fit(
     on_progress: Callable[[Progress], None] = lambda _: None,
 ) -> TrainResult:
     """Train to the best epoch and export it into `out_dir`; called by every worker. With `resume`, goes on from the
-    last checkpoint in `out_dir` if there is one. Only the first worker reports progress."""
+    last checkpoint in `out_dir` if there is one. Progress: the first worker's, and every worker's at an epoch's end."""
     with _process_group():
-        run = _Run(task, config, out_dir, on_progress if dist.get_rank() == 0 else lambda _: None)
+        run = _Run(task, config, out_dir, on_progress)
         if resume:
             run.resume()
         else:
@@ -221,7 +222,7 @@ class _Run:
                 steps_done=self.cursor.steps_done + 1,
             )
             clock.samples += step.units_of_all
-            if clock.due():
+            if self.rank == 0 and clock.due():
                 self._report(step.number + 1, steps[-1].number + 1, clock)
             every = self.config.checkpoint_every_steps
             if every and self.cursor.steps_done % every == 0 and step is not steps[-1]:
@@ -278,7 +279,7 @@ class _Run:
         if self.rank == 0:
             state = read_unsharded(best, {f"model/{name}": t for name, t in self.unsharded.items()})
             self.task.export({name.removeprefix("model/"): t for name, t in state.items()}, self.out_dir)
-            (self.out_dir / f"{self.task.name}_training.json").write_text(result.to_json())
+            (self.out_dir / "training.json").write_text(result.to_json())
         dist.barrier()
         return result
 
@@ -397,6 +398,7 @@ class _Run:
         units_left = (steps - step + (self.config.epochs - epoch - 1) * steps) * self.config.batch_size * self.world
         self.tell(
             Progress(
+                name=self.task.name,
                 epoch=epoch,
                 epochs=self.config.epochs,
                 step=step,

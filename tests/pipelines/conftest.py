@@ -10,7 +10,7 @@ import pyarrow as pa
 import pytest
 import torch
 from torch import nn
-from torchrec import EmbeddingBagCollection, EmbeddingBagConfig
+from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, KeyedTensor
 
 from features.batch import Batch
 from features.dataset import Dataset
@@ -32,14 +32,19 @@ class ToyModel(nn.Module):
         self.top = nn.Sequential(nn.Linear(8 * len(user.names) + 32, 16), nn.ReLU(), nn.Dropout(0.1), nn.Linear(16, 1))
 
     def forward(self, batch: Batch, targets: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        user_BD = self.user_ebc(batch.user).values()
-        video_UD = self.video(self.video_ebc(batch.video).values())
+        user_BD = _by_name(self.user_ebc(batch.user))
+        video_UD = self.video(_by_name(self.video_ebc(batch.video)))
         history_BD = video_UD[batch.history_BL].mean(dim=1)
         x_ND = torch.cat([user_BD[batch.owner_N], video_UD[batch.candidate_N], history_BD[batch.owner_N]], dim=1)
         logit_N = self.top(x_ND).squeeze(1)
         loss = nn.functional.binary_cross_entropy_with_logits(logit_N, targets["label_B"])
         right = ((logit_N > 0) == (targets["label_B"] > 0.5)).float().mean()
         return {"loss": loss, "accuracy": right}
+
+
+def _by_name(pooled: KeyedTensor) -> torch.Tensor:
+    """Sharded collections give the features in the order of their workers, so order them by name."""
+    return torch.cat([pooled[name] for name in sorted(pooled.keys())], dim=1)
 
 
 def _collection(columns: SparseColumns) -> EmbeddingBagCollection:

@@ -2,6 +2,7 @@
 
 Ray Data spreads the files over workers; each worker reads, validates and writes its own rows, so that rows never
 travel through the object store and the same input always gives the same bytes. The result replaces OUT by a rename.
+On a cluster of several machines the logs and OUT must lie on storage that all of them see.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ import pyarrow.parquet as pq
 from features.schema import QUARANTINE_REASON
 from features.validate import PRIMARY_KEYS, SchemaError, Validated, count_exact_duplicates, target_schema, validate
 from pipelines.adapters import Adapter, Chunk
+from pipelines.cluster import ClusterConfig, cluster
 
 REPORT_FILE = "ingest.json"
 REPORT_FORMAT = 1
@@ -85,14 +87,19 @@ def ingest(
     *,
     max_bad_share: float = 0.05,
     on_progress: Callable[[Progress], None] | None = None,
+    where: ClusterConfig | None = None,
 ) -> IngestReport:
-    """Read, validate and write every table of an adapter to `out_dir`, replacing what an earlier ingest left there."""
+    """Read, validate and write every table of an adapter to `out_dir`, replacing what an earlier ingest left there.
+
+    Works on the Ray this process already uses; without one it starts its own (see `where`) and stops it again.
+    """
     started = time.monotonic()
     out = Path(out_dir).absolute()
     _check_replaceable(out)
     work = out.parent / f".{out.name}.ingest-{uuid.uuid4().hex}"
     try:
-        counts, dates = _ingest_into(work, adapter, max_bad_share, on_progress)
+        with cluster(where or ClusterConfig()):
+            counts, dates = _ingest_into(work, adapter, max_bad_share, on_progress)
         _write_report(work / "data" / REPORT_FILE, adapter.name, counts, dates)
         _replace(out, work / "data", work / "old")
     finally:
@@ -130,21 +137,6 @@ def load_events(dataset: str | Path, dates: Sequence[str] | None = None) -> pa.T
             rows = _read_verified(root, file, sha256)
             parts.append(rows.append_column("date", pa.repeat(pa.scalar(date, pa.string()), len(rows))))
     return pa.concat_tables(parts, promote_options="default")
-
-
-def ensure_ray() -> None:
-    """Start a small local Ray unless the caller has one, and keep Ray Data's own bars and log lines off the screen."""
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    import ray
-    import ray.data
-
-    if not ray.is_initialized():
-        ray.init(num_cpus=2, include_dashboard=False, logging_level=logging.ERROR, log_to_driver=False)
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
-    context.print_on_execution_start = False
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
 
 
 def _ingest_into(
@@ -192,11 +184,14 @@ def _run(
     on_progress: Callable[[Progress], None] | None,
 ) -> list[dict[str, Any]]:
     """Do the jobs on Ray Data, the largest first; results in the order of the jobs."""
-    ensure_ray()
-    import ray.data
-
     if not jobs:
         return []
+    import ray.data  # not before the cluster has set Ray's environment
+
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
     largest_first = sorted(range(len(jobs)), key=lambda index: -jobs[index]["bytes"])
     items = [{"index": index, "job": json.dumps(jobs[index])} for index in largest_first]
     dataset = ray.data.from_items(items, override_num_blocks=len(items)).map(partial(_do, work=work))

@@ -14,7 +14,8 @@ import pytest
 from features.validate import SchemaError
 from pipelines.adapters.canonical import CanonicalAdapter
 from pipelines.adapters.mapping import MappingAdapter
-from pipelines.ingest import IngestError, Progress, ensure_ray, ingest, load_events, load_table
+from pipelines.cluster import ClusterConfig, cluster
+from pipelines.ingest import IngestError, Progress, ingest, load_events, load_table
 
 DOC = Path(__file__).parents[2] / "docs" / "bring-your-own-logs.md"
 DAY_MS = 24 * 3600 * 1000
@@ -24,11 +25,8 @@ DAYS = ("2026-01-31", "2026-02-01")
 
 @pytest.fixture(scope="module", autouse=True)
 def ray_session():
-    ensure_ray()
-    yield
-    import ray
-
-    ray.shutdown()
+    with cluster(ClusterConfig(cpus=2, object_store_mib=128)):
+        yield
 
 
 def write_source(root: Path, *, broken: int = 0) -> CanonicalAdapter:

@@ -55,7 +55,7 @@ class ServedRow:
     user_id: int
     video_id: int
     ts_ms: int
-    surface: str
+    surface: str | None
     source: str
     connected: bool
     policy_id: str

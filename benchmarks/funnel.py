@@ -1,0 +1,200 @@
+"""GetFeed of 10 from the whole funnel, over gRPC, on the live published bundle.
+
+    python -m benchmarks.funnel --registry PATH [--json FILE] [--requests 400] [--clients 8]
+
+The server is a process of its own with an empty event log. Client and server share this machine's cores; CPU seconds
+of the server stand beside the wall time. First one client (latency, and the stages' medians), then several
+(throughput). Answers below the full level are counted, because a skipped ranker is quick.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from features.artifacts import Registry
+from serving.client import FeedClient
+from serving.messages import FeedResponse, Level
+
+K = 10
+SERVER = """
+import sys
+from pathlib import Path
+from serving.server import ServerConfig, serve
+config = ServerConfig(port=0, drain_notice_s=0)
+serve(Path(sys.argv[1]), Path(sys.argv[2]), config, lambda *ready: print(*ready, flush=True))
+"""
+
+
+def main() -> None:
+    """Measure and print; `--json` also keeps the figures."""
+    parser = argparse.ArgumentParser(prog="benchmarks.funnel", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--registry", type=Path, required=True)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--requests", type=int, default=400, help="measured, after a quarter as many to warm up")
+    parser.add_argument("--clients", type=int, default=8, help="concurrent clients of the throughput run")
+    options = parser.parse_args()
+    figures = measure(options.registry, options.requests, options.clients)
+    show(figures, Console())
+    if options.json:
+        options.json.write_text(json.dumps(figures, indent=2) + "\n")
+
+
+def measure(registry: Path, n_requests: int, n_clients: int) -> dict[str, Any]:
+    """All figures of one run."""
+    bundle = Registry(registry).open()
+    users = np.load(bundle.path("users/users_ids.npy"), mmap_mode="r", allow_pickle=False)
+    now_ms = (
+        int(np.load(bundle.path("history/history_ts_ms.npy"), mmap_mode="r", allow_pickle=False).max(initial=1)) + 1
+    )
+    asked = np.random.default_rng(1).choice(users, n_requests * 2).tolist()
+    with tempfile.TemporaryDirectory() as scratch, _server(registry, Path(scratch) / "events.sqlite") as (pid, address):
+        with FeedClient(address) as client:
+            for user in asked[: n_requests // 4]:
+                client.get_feed(user, k=K, now_ms=now_ms)
+            alone = _alone(client, asked[:n_requests], now_ms, pid)
+        together = _together(address, asked[n_requests:], now_ms, n_clients, pid)
+    videos = np.load(bundle.path("videos/videos_ids.npy"), mmap_mode="r", allow_pickle=False)
+    return {
+        "bundle": {"version": bundle.version, "videos": len(videos), "users": len(users)},
+        "machine": _machine(),
+        "one_client": alone,
+        "many_clients": together,
+    }
+
+
+def show(figures: dict[str, Any], console: Console) -> None:
+    """Three small tables."""
+    alone, together, machine = figures["one_client"], figures["many_clients"], figures["machine"]
+    bundle = figures["bundle"]
+    console.print(
+        f"GetFeed of {K} from {alone['candidates']:,.0f} candidates (median), {bundle['videos']:,} videos, "
+        f"{bundle['users']:,} users, bundle {bundle['version']}"
+    )
+    table = Table("clients", "requests", "median ms", "p99 ms", "requests/s", "wall s", "server CPU s", "not full")
+    for run in (alone, together):
+        table.add_row(
+            str(run["clients"]),
+            str(run["requests"]),
+            f"{run['median_ms']:.1f}",
+            f"{run['p99_ms']:.1f}",
+            f"{run['per_s']:.1f}",
+            f"{run['wall_s']:.2f}",
+            f"{run['server_cpu_s']:.2f}",
+            str(run["not_full"]),
+        )
+    console.print(table)
+    stages = Table("stage (one client)", "median ms", "")
+    for name, ms in alone["stages_ms"].items():
+        stages.add_row(name, f"{ms:.2f}", "█" * max(1, round(40 * ms / alone["median_ms"])))
+    console.print(stages)
+    console.print(f"{machine['cpu']}, {machine['cores']} cores shared by clients and server, {machine['versions']}")
+
+
+def _alone(client: FeedClient, users: list[int], now_ms: int, pid: int) -> dict[str, Any]:
+    latencies, answers = [], []
+    cpu_s, start = _cpu_s(pid), time.perf_counter()
+    for user in users:
+        at = time.perf_counter()
+        answers.append(client.get_feed(user, k=K, now_ms=now_ms))
+        latencies.append(time.perf_counter() - at)
+    wall_s = time.perf_counter() - start
+    figures = _figures(1, latencies, answers, wall_s, _cpu_s(pid) - cpu_s)
+    names = [stage.name for stage in answers[0].stages]
+    by_stage = {name: [s.ms for a in answers for s in a.stages if s.name == name] for name in names}
+    stages_ms = {name: float(np.median(values)) for name, values in by_stage.items()}
+    stages_ms["wire and queue"] = figures["median_ms"] - sum(stages_ms.values())
+    candidates = [stage.received for a in answers for stage in a.stages if stage.name == "arrange"]
+    return {**figures, "stages_ms": stages_ms, "candidates": float(np.median(candidates))}
+
+
+def _together(address: str, users: list[int], now_ms: int, n_clients: int, pid: int) -> dict[str, Any]:
+    latencies: list[float] = []
+    answers: list[FeedResponse] = []
+
+    def one(share: list[int]) -> None:
+        with FeedClient(address) as client:
+            for user in share:
+                at = time.perf_counter()
+                answers.append(client.get_feed(user, k=K, now_ms=now_ms))
+                latencies.append(time.perf_counter() - at)
+
+    threads = [threading.Thread(target=one, args=(users[i::n_clients],)) for i in range(n_clients)]
+    cpu_s, start = _cpu_s(pid), time.perf_counter()
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    wall_s = time.perf_counter() - start
+    if len(answers) != len(users):
+        raise RuntimeError(f"{len(users) - len(answers)} of {len(users)} requests failed; see the errors above")
+    return _figures(n_clients, latencies, answers, wall_s, _cpu_s(pid) - cpu_s)
+
+
+def _figures(
+    clients: int, latencies: list[float], answers: list[FeedResponse], wall_s: float, cpu_s: float
+) -> dict[str, Any]:
+    return {
+        "clients": clients,
+        "requests": len(answers),
+        "median_ms": float(np.median(latencies) * 1000),
+        "p99_ms": float(np.percentile(latencies, 99) * 1000),
+        "per_s": len(answers) / wall_s,
+        "wall_s": wall_s,
+        "server_cpu_s": cpu_s,
+        "not_full": sum(answer.level != Level.FULL for answer in answers),
+        "short": sum(len(answer.items) < K for answer in answers),
+    }
+
+
+@contextmanager
+def _server(registry: Path, store: Path) -> Iterator[tuple[int, str]]:
+    command = [sys.executable, "-c", SERVER, str(registry), str(store)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            line = process.stdout.readline() if process.stdout is not None else ""
+            if not line:
+                raise RuntimeError(f"the server on {registry} did not start; its error is above")
+            yield process.pid, line.split()[0]
+        finally:
+            process.terminate()
+
+
+def _cpu_s(pid: int) -> float:
+    """User and system time of a process (Linux, /proc/PID/stat fields 14 and 15)."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def _machine() -> dict[str, Any]:
+    names = [
+        line.split(":", 1)[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line
+    ]
+    packages = ("torch", "torchrec", "faiss-cpu", "grpcio", "numpy")
+    return {
+        "cpu": names[0] if names else platform.processor(),
+        "cores": len(os.sched_getaffinity(0)),
+        "versions": ", ".join(
+            [f"Python {platform.python_version()}", *(f"{name} {version(name)}" for name in packages)]
+        ),
+    }
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,218 @@
+"""One version of the feed in memory: towers, ranker, index, features, histories, sources and configuration together.
+
+`write_bundle` lays the folder out, `FeedBundle.load` opens a verified one. Arrays are memory-mapped and by row (V
+videos and U users, row 0 unknown); nothing in a loaded bundle ever changes, so threads share it.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from candidate_gen.index import VideoIndex
+from candidate_gen.infer import Towers
+from candidate_gen.sources import AnnSource, FollowedSource, FreshSource, PopularSource, Source, Uploads
+from features.artifacts import Bundle
+from features.dataset import Dataset
+from features.entities import Entities
+from features.history import HistoryLog
+from features.schema import SIGNALS
+from features.transforms import Encoder
+from ranking.infer import Ranker
+from serving.config import FeedConfig
+
+POPULAR_LENGTH = 5_000
+"""Videos in the popular list: enough for the longest page after anybody's filters."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FeedBundle:
+    """Everything one version of the feed needs."""
+
+    version: str
+    config: FeedConfig
+    encoder: Encoder
+    users: Entities
+    videos: Entities
+    user_counters: np.ndarray
+    video_counters: np.ndarray
+    history: HistoryLog
+    follows_start: np.ndarray
+    """(U+2,) int64: user row u follows follows_author[start[u]:start[u+1]]."""
+    follows_author: np.ndarray
+    upload_ts_ms: np.ndarray
+    author_id: np.ndarray
+    """(V,) int64, 0 where not known."""
+    eligible: np.ndarray
+    duration_ms: np.ndarray
+    """(V,) int64, 0 where not known."""
+    popular_rows: np.ndarray
+    towers: Towers
+    ranker: Ranker
+    index: VideoIndex
+    sources: tuple[Source, ...]
+    n_eligible: int
+    newest_upload_ms: int
+    uploads: Uploads
+
+    @classmethod
+    def load(cls, bundle: Bundle) -> FeedBundle:
+        """Open a bundle whose every byte the registry has verified."""
+        return cls.open(bundle.folder, bundle.version)
+
+    @classmethod
+    def open(cls, folder: Path, version: str) -> FeedBundle:
+        """Open a folder as `write_bundle` left it; serving uses `load`, which only takes verified bundles."""
+
+        def array(name: str) -> np.ndarray:
+            return np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False)
+
+        encoder = Encoder.load(folder / "encoder")
+        videos = Entities.load(folder / "videos", "videos", encoder.columns("video"))
+        upload_ts_ms, author_id = (np.array(array(f"videos/videos_{name}")) for name in ("upload_ts_ms", "author_id"))
+        eligible, popular_rows = np.array(array("videos/videos_eligible")), np.array(array("popular"))
+        index = VideoIndex.load(folder / "index")
+        uploads = Uploads.build(author_id, upload_ts_ms)
+        config = FeedConfig.from_json((folder / "feed.json").read_text())
+        by_surface = dict(zip(config.surfaces, np.array(array("popular_by_surface")), strict=True))
+        loaded = cls(
+            version=version,
+            config=config,
+            encoder=encoder,
+            users=Entities.load(folder / "users", "users", encoder.columns("user")),
+            videos=videos,
+            user_counters=array("users/counters_user"),
+            video_counters=array("videos/counters_video"),
+            history=HistoryLog.load(folder / "history"),
+            follows_start=array("users/follows_start"),
+            follows_author=array("users/follows_author"),
+            upload_ts_ms=upload_ts_ms,
+            author_id=author_id,
+            eligible=eligible,
+            duration_ms=array("videos/videos_duration_ms"),
+            popular_rows=popular_rows,
+            towers=Towers.load(folder / "towers"),
+            ranker=Ranker.load(folder / "ranker"),
+            index=index,
+            sources=(
+                FollowedSource(uploads, upload_ts_ms),
+                AnnSource(index, uploads),
+                FreshSource(upload_ts_ms),
+                PopularSource(popular_rows, by_surface),
+            ),
+            n_eligible=int(eligible.sum()),
+            newest_upload_ms=int(upload_ts_ms.max()),
+            uploads=uploads,
+        )
+        loaded.check()
+        return loaded
+
+    def check(self) -> None:
+        """Arrays that belong together have one length; raises ValueError naming the first that does not."""
+        n_videos, n_users = len(self.videos) + 1, len(self.users) + 1
+        expected = {
+            "video_counters": n_videos,
+            "upload_ts_ms": n_videos,
+            "author_id": n_videos,
+            "eligible": n_videos,
+            "duration_ms": n_videos,
+            "user_counters": n_users,
+            "follows_start": n_users + 1,
+        }
+        for name, rows in expected.items():
+            if len(getattr(self, name)) != rows:
+                found = len(getattr(self, name))
+                raise ValueError(f"bundle {self.version}: {name} has {found} rows, expected {rows}; publish it again")
+        if len(self.index.vectors_RD) != n_videos or len(self.history.user_start) != n_users + 1:
+            raise ValueError(f"bundle {self.version}: index, history and entities differ in rows; publish it again")
+
+    @property
+    def newest_event_ms(self) -> int:
+        """The last instant the histories know of; 0 when no event is dated."""
+        return int(self.history.ts_ms.max(initial=0))
+
+    def follows_of(self, user_row: int) -> np.ndarray:
+        """Authors a user followed when the bundle was made; nobody for row 0."""
+        return np.asarray(self.follows_author[self.follows_start[user_row] : self.follows_start[user_row + 1]])
+
+
+def write_bundle(
+    folder: Path,
+    dataset: Dataset,
+    *,
+    videos: pa.Table,
+    follows: pa.Table | None,
+    towers_dir: Path,
+    ranker_dir: Path,
+    index: VideoIndex,
+    feed_config: FeedConfig,
+    metrics: Mapping[str, Any],
+    popular_examples: np.ndarray | None = None,
+    counters_day: int | None = None,
+) -> None:
+    """Lay out a staged folder, all but `golden.json` (see `serving.golden.record`).
+
+    `videos` and `follows` are the canonical tables; `popular_examples` are the example rows that popularity is
+    counted on (all by default); `counters_day` is the day whose view of the counters is served: by default the last,
+    which knows every event of the dataset.
+    """
+    day = dataset.counters.days - 1 if counters_day is None else counters_day
+    for name in ("encoder", "users", "videos", "history"):
+        (folder / name).mkdir(parents=True)
+    dataset.encoder.save(folder / "encoder")
+    dataset.users.save(folder / "users", "users")
+    dataset.videos.save(folder / "videos", "videos")
+    dataset.history.save(folder / "history")
+    duration_ms = videos.sort_by("video_id")["duration_ms"].fill_null(0).to_numpy().astype(np.int64)
+    start, authors = _follows_by_user(dataset.users, follows)
+    popular_rows = np.arange(len(dataset.examples)) if popular_examples is None else popular_examples
+    shown_on = np.asarray(dataset.examples.surface[popular_rows])
+    surface_rows = dataset.encoder.surface_rows(list(feed_config.surfaces))
+    arrays = {
+        "users/counters_user": dataset.counters.user_day[day],
+        "users/follows_start": start,
+        "users/follows_author": authors,
+        "videos/counters_video": dataset.counters.video_day[day],
+        "videos/videos_upload_ts_ms": dataset.upload_ts_ms,
+        "videos/videos_author_id": dataset.author_id,
+        "videos/videos_eligible": dataset.eligible,
+        "videos/videos_duration_ms": np.concatenate([[0], duration_ms]),
+        "popular": popular_order(dataset, popular_rows),
+        "popular_by_surface": np.stack(
+            [popular_order(dataset, popular_rows[shown_on == s]) for s in surface_rows],
+        ),
+    }
+    for name, values in arrays.items():
+        np.save(folder / f"{name}.npy", np.asarray(values), allow_pickle=False)
+    shutil.copytree(towers_dir, folder / "towers")
+    shutil.copytree(ranker_dir, folder / "ranker")
+    index.save(folder / "index")
+    (folder / "feed.json").write_text(feed_config.to_json())
+    (folder / "metrics.json").write_text(json.dumps(dict(metrics), indent=2, sort_keys=True))
+
+
+def popular_order(dataset: Dataset, rows_E: np.ndarray) -> np.ndarray:
+    """Eligible video rows, those with most impressions that got a long view or a click first; ties by row."""
+    examples = dataset.examples
+    wanted = [SIGNALS.index("click"), SIGNALS.index("long_view")]
+    liked_E = (np.nan_to_num(np.asarray(examples.signals[rows_E])[:, wanted]) > 0).any(axis=1)
+    count_V = np.bincount(np.asarray(examples.video_row[rows_E])[liked_E], minlength=len(dataset.videos) + 1)
+    order = np.argsort(-count_V, kind="stable")
+    return order[np.asarray(dataset.eligible)[order]][:POPULAR_LENGTH].astype(np.int64)
+
+
+def _follows_by_user(users: Entities, follows: pa.Table | None) -> tuple[np.ndarray, np.ndarray]:
+    """Start positions (U+2,) and authors, distinct and ascending within a user; users we do not know are left out."""
+    if follows is None:
+        return np.zeros(len(users) + 2, np.int64), np.zeros(0, np.int64)
+    rows = users.rows_of(follows["user_id"].to_numpy())
+    pairs = np.unique(np.stack([rows, follows["author_id"].to_numpy()], axis=1)[rows > 0], axis=0)
+    counts = np.bincount(pairs[:, 0], minlength=len(users) + 1)
+    return np.concatenate([[0], np.cumsum(counts)]).astype(np.int64), pairs[:, 1].astype(np.int64)

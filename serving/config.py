@@ -1,0 +1,72 @@
+"""Everything about a feed that is a choice: it travels in the bundle as `feed.json`, and names the policy."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from typing import Any, get_args, get_origin, get_type_hints
+
+import xxhash
+
+from candidate_gen.blend import BlendConfig
+from ranking.arrange import ArrangeConfig
+from ranking.value import ValueConfig
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FilterConfig:
+    """What is never shown, beyond the rules that cannot be turned off (own, blocked, ineligible, not yet uploaded)."""
+
+    seen: bool = True
+    """Leave out what the user has an impression of, in the bundle's history or in the event log."""
+    max_age_h: float | None = None
+    """Leave out older uploads; a video of unknown upload time is never too old."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FeedConfig:
+    """One feed."""
+
+    name: str = "feed"
+    """First part of the policy id."""
+    surfaces: tuple[str, ...] = ("main",)
+    """Surfaces a request may name; the first is the default."""
+    blend: BlendConfig = field(default_factory=BlendConfig)
+    value: ValueConfig = field(default_factory=ValueConfig)
+    arrange: ArrangeConfig = field(default_factory=ArrangeConfig)
+    filters: FilterConfig = field(default_factory=FilterConfig)
+
+    def __post_init__(self) -> None:
+        if not self.surfaces or "" in self.surfaces:
+            raise ValueError(f"FeedConfig.surfaces: at least one name, none empty; found {self.surfaces}")
+
+    @property
+    def policy_id(self) -> str:
+        """Changes with any field: two policies with one id would corrupt replay."""
+        return f"{self.name}-{xxhash.xxh64_hexdigest(self.to_json().encode())[:8]}"
+
+    def to_json(self) -> str:
+        """Readable JSON, keys sorted."""
+        return json.dumps(asdict(self), indent=2, sort_keys=True)
+
+    @classmethod
+    def from_json(cls, text: str) -> FeedConfig:
+        """Inverse of `to_json`; raises ValueError naming a field that does not exist."""
+        return _decode(cls, json.loads(text), "feed.json")
+
+
+def _decode(kind: Any, value: Any, path: str) -> Any:
+    """JSON back to nested dataclasses, tuples and dicts, as the type hints say."""
+    arguments = get_args(kind)
+    if is_dataclass(kind) and isinstance(kind, type):
+        hints = get_type_hints(kind)
+        known = [f.name for f in fields(kind)]
+        if unknown := sorted(value.keys() - set(known)):
+            raise ValueError(f"{path}: unknown fields {unknown}, expected some of {known}")
+        return kind(**{name: _decode(hints[name], entry, f"{path}: {name}") for name, entry in value.items()})
+    if get_origin(kind) is tuple and value is not None:
+        kinds = [arguments[0]] * len(value) if arguments[-1] is Ellipsis else arguments
+        return tuple(_decode(k, entry, path) for k, entry in zip(kinds, value, strict=True))
+    if get_origin(kind) is dict and value is not None:
+        return {name: _decode(arguments[1], entry, f"{path}: {name}") for name, entry in value.items()}
+    return value

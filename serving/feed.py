@@ -1,0 +1,302 @@
+"""The main path: one request through the funnel. Knows nothing of gRPC or Ray; server, golden check and replay call it.
+
+K candidates of a pool, S slots of a slate, T tasks. Stages go down a ladder instead of failing: without time (or
+without a working ranker) candidates stand in retrieval order, without retrieval the popular list answers.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+import uuid
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import xxhash
+
+from candidate_gen.blend import Pool
+from ranking.arrange import Slate
+from ranking.arrange import arrange as fill_slots
+from ranking.value import Scores, terms, values
+from serving.bundle import FeedBundle
+from serving.filters import Rules
+from serving.hydrate import Query, hydrate, model_inputs
+from serving.limits import MAX_POOL, check_candidates, check_page
+from serving.messages import (
+    CandidatesResponse,
+    Event,
+    FeedRequest,
+    FeedResponse,
+    Level,
+    RankedResponse,
+    ServedItem,
+)
+from serving.retrieve import popular_pool, retrieve_pool
+from serving.store import ServedRow, Store
+from serving.trace import Deadline, StageCosts, Trace
+
+_log = logging.getLogger(__name__)
+NO_DEADLINE = Deadline()
+
+
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """A pool with one value a candidate (higher is better) and, where the ranker ran, what the value is made of."""
+
+    pool: Pool
+    scores: Scores | None
+    value_K: np.ndarray
+    term_K: dict[str, np.ndarray]
+
+
+def wall_clock_ms() -> int:
+    """Milliseconds since 1970."""
+    return time.time_ns() // 1_000_000
+
+
+class Feed:
+    """One bundle and a store of live events; safe to call from many threads."""
+
+    def __init__(self, bundle: FeedBundle, store: Store, clock_ms: Callable[[], int] = wall_clock_ms) -> None:
+        self.bundle = bundle
+        self.store = store
+        self._clock_ms = clock_ms
+        self._costs = StageCosts()
+        self._policy = bundle.config.policy_id
+
+    def get_feed(self, request: FeedRequest, deadline: Deadline = NO_DEADLINE) -> FeedResponse:
+        """The next k videos, with the reason for each and for every one that is missing."""
+        check_page(request, self.bundle.config.surfaces)
+        request = replace(request, request_id=request.request_id or uuid.uuid4().hex)
+        trace = Trace(deadline, self._costs)
+        query = self._hydrate(request.user_id, request.now_ms, request.surface, trace)
+        pool = self._retrieve(query, request, self.bundle.config.blend.k, trace)
+        scored = self._rank(query, pool, trace)
+        slate = self._arrange(scored, request, trace)
+        return self._respond(query, scored, slate, request, trace)
+
+    def retrieve(self, request: FeedRequest, deadline: Deadline = NO_DEADLINE) -> CandidatesResponse:
+        """The first `request.k` candidates (up to MAX_POOL), without the ranker."""
+        check_page(request, self.bundle.config.surfaces, max_k=MAX_POOL)
+        trace = Trace(deadline, self._costs)
+        query = self._hydrate(request.user_id, request.now_ms, request.surface, trace)
+        pool = self._retrieve(query, request, request.k, trace)
+        return CandidatesResponse(
+            bundle_version=self.bundle.version,
+            cold=query.cold,
+            level=trace.level,
+            degraded_reason=trace.degraded_reason,
+            sources=pool.sources,
+            video_id_K=self.bundle.videos.ids_of(pool.rows_K),
+            score_K=pool.score_K,
+            source_K=pool.source_K,
+            connected_K=pool.connected_K,
+            reasons=tuple(pool.reason(item) for item in range(len(pool))),
+            stages=tuple(trace.stages),
+        )
+
+    def rank(
+        self,
+        user_id: int,
+        video_ids: Sequence[int],
+        surface: str = "",
+        now_ms: int = 0,
+        deadline: Deadline = NO_DEADLINE,
+    ) -> RankedResponse:
+        """Scores of the caller's own candidates, in their order; a video the bundle does not know is scored as one
+        without features, and named."""
+        check_candidates(len(video_ids), surface, now_ms, self.bundle.config.surfaces)
+        trace = Trace(deadline, self._costs)
+        query = self._hydrate(user_id, now_ms, surface, trace)
+        with trace.stage("rank") as stage:
+            rows_N = self.bundle.videos.rows_of(np.asarray(video_ids, dtype=np.int64))
+            scores, value_N = self._score(query, rows_N)
+            stage.received = stage.kept = len(rows_N)
+        return RankedResponse(
+            bundle_version=self.bundle.version,
+            cold=query.cold,
+            tasks=scores.tasks,
+            probability_NT=scores.probability_NT,
+            watch_ms_N=scores.watch_ms_N,
+            value_N=value_N,
+            unknown=np.flatnonzero(rows_N == 0),
+            stages=tuple(trace.stages),
+        )
+
+    def value_candidates(self, user_id: int, ts_ms: int, surface: str | None, video_ids: np.ndarray) -> np.ndarray:
+        """Values (N,) float64 as the feed would have given them at an instant: what replay re-ranks logs with.
+
+        Any surface is taken, also one this feed does not serve: logs are older than configurations.
+        """
+        query = hydrate(self.bundle, self.store.user(user_id), user_id=user_id, now_ms=ts_ms, surface=surface)
+        return self._score(query, self.bundle.videos.rows_of(np.asarray(video_ids, dtype=np.int64)))[1]
+
+    def complete(self, events: Sequence[Event]) -> list[Event]:
+        """Fill in what the bundle knows of the videos: author, and duration where the client sent none."""
+        rows = self.bundle.videos.rows_of(np.array([event.video_id for event in events], np.int64))
+        authors, durations = self.bundle.author_id[rows].tolist(), self.bundle.duration_ms[rows].tolist()
+        return [
+            replace(event, author_id=author or None, duration_ms=event.duration_ms or duration or None)
+            for event, author, duration in zip(events, authors, durations, strict=True)
+        ]
+
+    def now_ms(self) -> int:
+        """The feed's clock."""
+        return self._clock_ms()
+
+    def _hydrate(self, user_id: int, now_ms: int, surface: str, trace: Trace) -> Query:
+        with trace.stage("hydrate") as stage:
+            query = hydrate(
+                self.bundle,
+                self.store.user(user_id),
+                user_id=user_id,
+                now_ms=now_ms or self._clock_ms(),
+                surface=surface or self.bundle.config.surfaces[0],
+            )
+            stage.received = stage.kept = int(query.history.length_B[0])
+        return query
+
+    def _retrieve(self, query: Query, request: FeedRequest, k: int, trace: Trace) -> Pool:
+        with trace.stage("filter") as stage:
+            rules = Rules.of(
+                self.bundle,
+                query,
+                np.asarray(request.excluded_video_ids, dtype=np.int64),
+                np.asarray(request.blocked_author_ids, dtype=np.int64),
+            )
+            allowed_V, stage.removed = rules.allowed()
+            stage.received = len(self.bundle.videos)
+            stage.kept = stage.received - sum(stage.removed.values())
+        if not trace.affords("retrieve", "arrange", "respond"):
+            trace.degrade(Level.POPULAR, "no time left to retrieve")
+        else:
+            try:
+                with trace.stage("retrieve") as stage:
+                    return retrieve_pool(self.bundle, query, rules, allowed_V, k, stage)
+            except Exception as error:
+                _log.exception("retrieval failed; the popular list answers")
+                trace.degrade(Level.POPULAR, f"retrieval failed: {type(error).__name__}")
+        with trace.stage("popular") as stage:
+            return popular_pool(self.bundle, query, rules, allowed_V, k, stage)
+
+    def _rank(self, query: Query, pool: Pool, trace: Trace) -> Scored:
+        if trace.level == Level.POPULAR or len(pool.rows_K) == 0:
+            return _in_pool_order(pool)
+        if not trace.affords("rank", "arrange", "respond"):
+            trace.degrade(Level.RETRIEVAL_ORDER, "no time left to rank")
+            return _in_pool_order(pool)
+        try:
+            with trace.stage("rank") as stage:
+                stage.received = stage.kept = len(pool.rows_K)
+                scores, value_K = self._score(query, pool.rows_K, pool.connected_K)
+                return Scored(pool, scores, value_K, terms(scores, pool.connected_K, self.bundle.config.value))
+        except Exception as error:
+            _log.exception("the ranker failed; candidates stay in retrieval order")
+            trace.degrade(Level.RETRIEVAL_ORDER, f"the ranker failed: {type(error).__name__}")
+            return _in_pool_order(pool)
+
+    def _score(
+        self, query: Query, rows_N: np.ndarray, connected_N: np.ndarray | None = None
+    ) -> tuple[Scores, np.ndarray]:
+        if connected_N is None:
+            connected_N = np.isin(self.bundle.author_id[rows_N], query.followed_authors)
+        scores = self.bundle.ranker.score(model_inputs(self.bundle, query, rows_N))
+        value_N = values(scores, connected_N, self.bundle.config.value)
+        if not (np.isfinite(value_N).all() and np.isfinite(scores.probability_NT).all()):
+            raise ArithmeticError("the ranker gave scores that are not finite")
+        return scores, value_N
+
+    def _arrange(self, scored: Scored, request: FeedRequest, trace: Trace) -> Slate:
+        config = self.bundle.config.arrange
+        with trace.stage("arrange") as stage:
+            slate = fill_slots(
+                scored.value_K,
+                self.bundle.author_id[scored.pool.rows_K],
+                self.bundle.index.vectors_RD[scored.pool.rows_K].astype(np.float32),
+                config if request.explore else replace(config, explore=False),
+                request.k,
+                np.random.default_rng(xxhash.xxh64_intdigest(request.request_id.encode())),
+            )
+            stage.received, stage.kept = len(scored.value_K), len(slate.order_S)
+            stage.removed = {"not_chosen": stage.received - stage.kept} if stage.received > stage.kept else {}
+        return slate
+
+    def _respond(self, query: Query, scored: Scored, slate: Slate, request: FeedRequest, trace: Trace) -> FeedResponse:
+        with trace.stage("respond") as stage:
+            items = tuple(self._item(scored, slot, int(at), slate) for slot, at in enumerate(slate.order_S))
+            policy_id = self._policy_id(request, trace.level)
+            if items:
+                self.store.log_served([self._served_row(item, query, request, policy_id) for item in items])
+            stage.received = stage.kept = len(items)
+        shortfall = ""
+        if len(items) < request.k:
+            pool_size = len(scored.pool.rows_K)
+            cap = self.bundle.config.arrange.author_cap
+            shortfall = f"{pool_size} candidates passed the filters" + (
+                f"; at most {cap} of one author fit in a slate" if pool_size > len(items) else ""
+            )
+        return FeedResponse(
+            request_id=request.request_id,
+            bundle_version=self.bundle.version,
+            policy_id=policy_id,
+            cold=query.cold,
+            level=trace.level,
+            degraded_reason=trace.degraded_reason,
+            shortfall_reason=shortfall,
+            tasks=scored.scores.tasks if scored.scores is not None else (),
+            items=items,
+            stages=tuple(trace.stages),
+        )
+
+    def _item(self, scored: Scored, slot: int, at: int, slate: Slate) -> ServedItem:
+        pool, scores = scored.pool, scored.scores
+        row = int(pool.rows_K[at])
+        return ServedItem(
+            video_id=int(self.bundle.videos.ids[row - 1]),
+            author_id=int(self.bundle.author_id[row]),
+            slot=slot,
+            sources=_sources(pool, at),
+            reason=pool.reason(at),
+            connected=bool(pool.connected_K[at]),
+            retrieval_score=float(pool.score_K[at]),
+            scores=() if scores is None else tuple(scores.probability_NT[at].tolist()),
+            predicted_watch_ms=0.0 if scores is None else float(scores.watch_ms_N[at]),
+            value=float(scored.value_K[at]),
+            value_terms={name: float(term_K[at]) for name, term_K in scored.term_K.items()},
+            propensity=float(slate.propensity_S[slot]),
+            duration_ms=int(self.bundle.duration_ms[row]),
+        )
+
+    def _served_row(self, item: ServedItem, query: Query, request: FeedRequest, policy_id: str) -> ServedRow:
+        return ServedRow(
+            request_id=request.request_id,
+            slot=item.slot,
+            user_id=query.user_id,
+            video_id=item.video_id,
+            ts_ms=query.now_ms,
+            surface=query.surface,
+            source=item.sources[0],
+            connected=item.connected,
+            policy_id=policy_id,
+            propensity=item.propensity,
+            bundle_version=self.bundle.version,
+        )
+
+    def _policy_id(self, request: FeedRequest, level: Level) -> str:
+        """Slates drawn in another way carry another id, or their propensities would be pooled with these."""
+        greedy = "" if request.explore else "/greedy"
+        lower = "" if level == Level.FULL else f"/{level.name.lower()}"
+        return self._policy + greedy + lower
+
+
+def _sources(pool: Pool, item: int) -> tuple[str, ...]:
+    """Everyone who found it, the source it counts for first."""
+    own = int(pool.source_K[item])
+    others = (s for s in np.flatnonzero(pool.found_by_KS[item]) if s != own)
+    return tuple(pool.sources[s] for s in (own, *others))
+
+
+def _in_pool_order(pool: Pool) -> Scored:
+    """Values from 1 down to 0 in the order of the pool: scores of different sources do not compare."""
+    return Scored(pool, None, np.linspace(1.0, 0.0, len(pool.rows_K)), {})

@@ -1,0 +1,81 @@
+"""What must never be shown, and how many videos each rule removed.
+
+Each rule is used twice: as a bitmap over all video rows (V) that the sources search inside, so that filtering never
+leaves a source short, and again on what came back (K), so that no source has to be trusted.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from serving.bundle import FeedBundle
+from serving.hydrate import Query
+
+HOUR_MS = 3_600_000
+
+
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """The rules of one request; every list is sorted and distinct."""
+
+    bundle: FeedBundle
+    query: Query
+    excluded_rows: np.ndarray
+    blocked_authors: np.ndarray
+
+    @classmethod
+    def of(cls, bundle: FeedBundle, query: Query, excluded_video_ids: np.ndarray, blocked_authors: np.ndarray) -> Rules:
+        excluded = np.unique(bundle.videos.rows_of(excluded_video_ids))
+        return cls(bundle, query, excluded[excluded > 0], np.unique(blocked_authors))
+
+    @property
+    def oldest_ms(self) -> int | None:
+        """Uploads before this are too old."""
+        max_age_h = self.bundle.config.filters.max_age_h
+        return None if max_age_h is None else self.query.now_ms - int(max_age_h * HOUR_MS)
+
+    @property
+    def seen_rows(self) -> np.ndarray:
+        return self.query.seen_rows if self.bundle.config.filters.seen else np.zeros(0, np.int64)
+
+    def allowed(self) -> tuple[np.ndarray, dict[str, int]]:
+        """Bitmap over video rows (V,) bool, and what each rule took; a video under two rules counts for the first."""
+        bundle = self.bundle
+        allowed_V = bundle.eligible.copy()
+        removed = {"ineligible": len(bundle.videos) - bundle.n_eligible}
+        if bundle.newest_upload_ms > self.query.now_ms:
+            removed["not_yet_uploaded"] = _clear(allowed_V, np.flatnonzero(bundle.upload_ts_ms > self.query.now_ms))
+        if self.oldest_ms is not None:
+            upload_V = bundle.upload_ts_ms
+            removed["too_old"] = _clear(allowed_V, np.flatnonzero((upload_V >= 0) & (upload_V < self.oldest_ms)))
+        removed["seen"] = _clear(allowed_V, self.seen_rows)
+        removed["excluded"] = _clear(allowed_V, self.excluded_rows)
+        removed["own"] = _clear(allowed_V, bundle.uploads.of(np.array([self.query.user_id])))
+        removed["blocked_author"] = _clear(allowed_V, bundle.uploads.of(self.blocked_authors))
+        return allowed_V, {reason: count for reason, count in removed.items() if count}
+
+    def broken(self, rows_K: np.ndarray, from_unconnected: bool) -> dict[str, np.ndarray]:
+        """The same rules asked of single videos: a mask (K,) a reason, True where the rule is broken."""
+        bundle, author_K = self.bundle, self.bundle.author_id[rows_K]
+        upload_K = bundle.upload_ts_ms[rows_K]
+        masks = {
+            "ineligible": ~bundle.eligible[rows_K],
+            "not_yet_uploaded": upload_K > self.query.now_ms,
+            "seen": np.isin(rows_K, self.seen_rows),
+            "excluded": np.isin(rows_K, self.excluded_rows),
+            "own": (author_K == self.query.user_id) & (author_K != 0),
+            "blocked_author": np.isin(author_K, self.blocked_authors),
+            "followed_in_unconnected": from_unconnected & np.isin(author_K, self.query.followed_authors),
+        }
+        if self.oldest_ms is not None:
+            masks["too_old"] = (upload_K >= 0) & (upload_K < self.oldest_ms)
+        return masks
+
+
+def _clear(allowed_V: np.ndarray, rows: np.ndarray) -> int:
+    """Turn distinct rows off; how many were on."""
+    count = int(allowed_V[rows].sum())
+    allowed_V[rows] = False
+    return count

@@ -1,0 +1,73 @@
+"""Candidates for one query: every source, searched inside the allowed rows, blended, and checked once more.
+
+V video rows, K candidates. The sources promise to stay inside `allowed`; what they return is checked against the
+rules themselves, so that a source that breaks its promise loses candidates and never shows a filtered video.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+
+from candidate_gen.blend import Pool, blend
+from candidate_gen.sources import AnnSource, PopularSource, Retrieved, SourceQuery
+from serving.bundle import FeedBundle
+from serving.filters import Rules
+from serving.hydrate import Query, model_inputs
+from serving.trace import Counts
+
+
+def retrieve_pool(bundle: FeedBundle, query: Query, rules: Rules, allowed_V: np.ndarray, k: int, stage: Counts) -> Pool:
+    """At most k candidates, best first; `stage` counts from the allowed rows down to the pool."""
+    vector_BD = bundle.towers.user_vectors(model_inputs(bundle, query, np.zeros(0, np.int64)))
+    asked = _source_query(query, allowed_V, vector_BD[0])
+    retrieved = {source.name: source.retrieve(asked, k) for source in bundle.sources}
+    return _checked(bundle, query, rules, retrieved, k, stage, int(allowed_V.sum()))
+
+
+def popular_pool(bundle: FeedBundle, query: Query, rules: Rules, allowed_V: np.ndarray, k: int, stage: Counts) -> Pool:
+    """The popular source alone: no model is asked."""
+    asked = _source_query(query, allowed_V, np.zeros(bundle.index.dim, np.float32))
+    retrieved = {s.name: s.retrieve(asked, k) for s in bundle.sources if s.name == PopularSource.name}
+    return _checked(bundle, query, rules, retrieved, k, stage, int(allowed_V.sum()))
+
+
+def _source_query(query: Query, allowed_V: np.ndarray, vector_D: np.ndarray) -> SourceQuery:
+    return SourceQuery(
+        user_vector_D=vector_D,
+        followed_authors=query.followed_authors,
+        allowed=allowed_V,
+        now_ms=query.now_ms,
+        surface=query.surface,
+    )
+
+
+def _checked(
+    bundle: FeedBundle,
+    query: Query,
+    rules: Rules,
+    retrieved: dict[str, Retrieved],
+    k: int,
+    stage: Counts,
+    n_allowed: int,
+) -> Pool:
+    """Drop what breaks a rule, then blend."""
+    stage.received = n_allowed
+    kept = {}
+    for name, found in retrieved.items():
+        good_K = np.ones(len(found.rows), bool)
+        for reason, broken_K in rules.broken(found.rows, name == AnnSource.name).items():
+            if broken_K.any():
+                stage.removed[f"{name}:{reason}"] = int((good_K & broken_K).sum())
+                good_K &= ~broken_K
+        kept[name] = Retrieved(found.rows[good_K], found.scores[good_K])
+    pool = blend(
+        kept,
+        author_id=bundle.author_id,
+        followed_authors=query.followed_authors,
+        config=replace(bundle.config.blend, k=k),
+    )
+    stage.kept = len(pool.rows_K)
+    stage.removed["not_retrieved"] = stage.received - stage.kept - sum(stage.removed.values())
+    return pool

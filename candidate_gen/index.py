@@ -97,6 +97,9 @@ class VideoIndex:
             raise ValueError(f"queries have shape {query_QD.shape}; this index wants (any, {self.dim})")
         bits = self._filter(allowed, excluded_rows)
         n_allowed = int(np.bitwise_count(bits).sum())
+        if k <= 0 or n_allowed == 0:
+            shape = (len(query_QD), max(k, 0))
+            return np.full(shape, -1, np.int64), np.full(shape, -np.inf, np.float32)
         if self._kind == "ivf" and n_allowed <= self._config.exact_below:
             rows = np.flatnonzero(np.unpackbits(bits, bitorder="little", count=len(self.vectors_RD)))
             return self._scan(query_QD, rows, k)

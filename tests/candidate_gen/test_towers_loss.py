@@ -1,0 +1,96 @@
+"""The sampled softmax: exact when every video is drawn, unbiased in what it corrects, blind to accidental hits."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from candidate_gen.loss import sampled_softmax
+
+NONE = torch.zeros(0, dtype=torch.int64)
+
+
+def vectors(n: int, seed: int, dim: int = 6) -> torch.Tensor:
+    x = torch.from_numpy(np.random.default_rng(seed).normal(size=(n, dim)).astype(np.float32))
+    return torch.nn.functional.normalize(x, dim=-1)
+
+
+def loss_of(users: torch.Tensor, videos: torch.Tensor, positive: list[int], uniform: torch.Tensor, **options) -> float:
+    n = len(positive)
+    settings = {
+        "positive_N": torch.tensor(positive),
+        "owner_N": torch.arange(n),
+        "uniform_X": uniform,
+        "log_draws_N": torch.zeros(n),
+        "log_draws_X": torch.zeros(len(uniform)),
+        "temperature": 0.1,
+    }
+    return float(sampled_softmax(users, videos, **{**settings, **options})["loss"])
+
+
+def test_all_videos_as_uniform_negatives_give_the_exact_softmax() -> None:
+    users, videos, positive = vectors(4, 1), vectors(30, 2), [3, 7, 7, 29]
+    logits = (users.numpy() @ videos.numpy().T).astype(np.float64) / 0.1
+    exact = np.mean([np.log(np.exp(logits[n]).sum()) - logits[n, p] for n, p in enumerate(positive)])
+    assert abs(loss_of(users, videos, positive, torch.arange(30), in_batch=False) - exact) < 1e-5
+
+
+def test_a_sampled_copy_of_the_positive_is_no_negative() -> None:
+    users, videos = vectors(1, 1), vectors(5, 2)
+    alone = loss_of(users, videos, [2], torch.tensor([0, 4]))
+    assert loss_of(users, videos, [2], torch.tensor([0, 2, 4, 2])) == alone
+
+
+def test_what_the_same_owner_liked_is_no_negative_but_another_owners_is() -> None:
+    users, videos = vectors(2, 1), vectors(5, 2)
+    same = loss_of(users, videos, [1, 3], NONE, owner_N=torch.tensor([0, 0]))
+    other = loss_of(users, videos, [1, 3], NONE, owner_N=torch.tensor([0, 1]))
+    assert same == 0.0  # nothing is left to compare with: -log(e^s / e^s)
+    assert other > 0.0
+
+
+def test_importance_weights_estimate_the_sum_over_all_videos_without_bias() -> None:
+    # Videos are drawn m_v times in expectation; each draw stands for 1/m_v, so the mean of e^loss over many draws,
+    # (e^s+ + sum of sampled e^s / m) / e^s+, must meet the full softmax's.
+    users, videos, rng = vectors(1, 3), vectors(12, 4), np.random.default_rng(0)
+    share = rng.dirichlet(np.ones(12))
+    logits = (users @ videos.T)[0].numpy() / 0.5
+    full = np.exp(logits).sum() / np.exp(logits[5])
+    estimates = {True: [], False: []}
+    for _ in range(1000):
+        drawn = rng.choice(12, 40, p=share)
+        log_draws = torch.from_numpy(np.log(40 * share[drawn]).astype(np.float32))
+        for correct in (True, False):
+            loss = loss_of(
+                users, videos, [5], torch.from_numpy(drawn), log_draws_X=log_draws, temperature=0.5, correct=correct
+            )
+            estimates[correct].append(np.exp(loss))
+    assert abs(np.mean(estimates[True]) / full - 1) < 0.03
+    assert abs(np.mean(estimates[False]) / full - 1) > 0.5
+
+
+def test_corrected_scores_learn_how_popular_a_video_is_and_uncorrected_ones_unlearn_it() -> None:
+    # Positives are video 0 in 2 of 10 cases, videos 1 .. 40 in 2 of 100 each. The full softmax is solved by
+    # score_0 - score_1 = log(0.2 / 0.02) = 2.3; in-batch negatives alone punish video 0 for being everywhere.
+    share, gaps = np.array([0.2] + [0.02] * 40), {}
+    for correct in (True, False):
+        scores = torch.nn.Parameter(torch.zeros(41, 1))
+        optimizer, rng = torch.optim.Adam([scores], 0.05), np.random.default_rng(0)
+        for _ in range(150):
+            positive = rng.choice(41, 64, p=share)
+            optimizer.zero_grad()
+            sampled_softmax(
+                torch.ones(64, 1),
+                scores,
+                positive_N=torch.from_numpy(positive),
+                owner_N=torch.arange(64),
+                uniform_X=NONE,
+                log_draws_N=torch.from_numpy(np.log(64 * share[positive]).astype(np.float32)),
+                log_draws_X=torch.zeros(0),
+                temperature=1.0,
+                correct=correct,
+            )["loss"].backward()
+            optimizer.step()
+        gaps[correct] = float((scores[0] - scores[1:].mean()).detach())
+    assert abs(gaps[True] - np.log(10)) < 0.4
+    assert gaps[False] < gaps[True] - 1.0

@@ -55,6 +55,12 @@ def files_of(root: Path) -> dict[str, bytes]:
     return {file.relative_to(root).as_posix(): file.read_bytes() for file in sorted(root.rglob("*")) if file.is_file()}
 
 
+def loaded(dataset: Path, name: str) -> pa.Table:
+    table = load_table(dataset, name)
+    assert table is not None
+    return table
+
+
 def test_every_row_is_kept_or_set_aside_in_input_order_and_bytes_repeat(tmp_path: Path) -> None:
     adapter = write_source(tmp_path / "source", broken=2)
     seen: list[Progress] = []
@@ -66,11 +72,11 @@ def test_every_row_is_kept_or_set_aside_in_input_order_and_bytes_repeat(tmp_path
     assert [count.rows_in for count in events.files.values()] == [60, 40, 60, 40]
     assert report.dates == dict.fromkeys(DAYS, 98)
     assert [step.done for step in seen] == [1, 2, 3, 4, 5, 1, 2]
-    loaded = load_events(tmp_path / "out")
+    events_out = load_events(tmp_path / "out")
     expected = [f"{day}-{place}" for day in DAYS for place in range(2, 100)]
-    assert loaded["request_id"].to_pylist() == expected
-    assert loaded["date"].to_pylist() == [DAYS[0]] * 98 + [DAYS[1]] * 98
-    assert loaded["video_id"].to_pylist()[0] == 2**40 + 2
+    assert events_out["request_id"].to_pylist() == expected
+    assert events_out["date"].to_pylist() == [DAYS[0]] * 98 + [DAYS[1]] * 98
+    assert events_out["video_id"].to_pylist()[0] == 2**40 + 2
     assert load_events(tmp_path / "out", [DAYS[1]])["request_id"].to_pylist() == expected[98:]
     quarantine = pq.read_table(tmp_path / "out" / "quarantine" / "events.parquet")
     assert quarantine["line"].to_pylist() == [1, 2, 1, 2]
@@ -119,7 +125,7 @@ def test_a_folder_that_no_ingest_wrote_is_never_replaced(tmp_path: Path) -> None
 def test_damaged_files_and_missing_days_are_errors(tmp_path: Path) -> None:
     ingest(write_source(tmp_path / "source"), tmp_path / "out")
     assert load_table(tmp_path / "out", "videos") is None
-    assert load_table(tmp_path / "out", "users").num_rows == 3
+    assert loaded(tmp_path / "out", "users").num_rows == 3
     with pytest.raises(IngestError, match="no events of 2026-02-09"):
         load_events(tmp_path / "out", ["2026-02-09"])
     part = tmp_path / "out" / "events" / f"date={DAYS[0]}" / "part-00000.parquet"
@@ -144,7 +150,7 @@ def test_the_second_row_of_a_user_in_another_file_is_set_aside(tmp_path: Path) -
     (tmp_path / "m.toml").write_text('[users]\nfiles = "u*.parquet"\ncolumns = { user_id = "u" }\n')
     report = ingest(MappingAdapter(tmp_path / "m.toml"), tmp_path / "out", max_bad_share=0.2)
     assert report.tables["users"].reasons == {"user_id was already seen": 1}
-    assert load_table(tmp_path / "out", "users")["user_id"].to_pylist() == [5, 6, 7, 8]
+    assert loaded(tmp_path / "out", "users")["user_id"].to_pylist() == [5, 6, 7, 8]
 
 
 def test_the_worked_example_of_the_documentation_runs(tmp_path: Path, monkeypatch) -> None:
@@ -166,9 +172,9 @@ def test_the_worked_example_of_the_documentation_runs(tmp_path: Path, monkeypatc
     assert quarantined == {"watch_ms is negative": 1, "the line has 4 fields, its header 5": 1}
     quarantine = pq.read_table(tmp_path / "dataset" / "quarantine" / "events.parquet").to_pylist()
     assert [(row["line"], row["raw"]) for row in quarantine] == [(3, None), (4, "anna,12,2026-01-31T08:00:05Z,3.0")]
-    videos = load_table(tmp_path / "dataset", "videos").to_pylist()
+    videos = loaded(tmp_path / "dataset", "videos").to_pylist()
     assert [(row["duration_ms"], row["tags"], row["eligible"]) for row in videos] == [
         (30000, [3, 7], True),
         (12500, None, False),
     ]
-    assert load_table(tmp_path / "dataset", "users")["age"].to_pylist() == [31, None]
+    assert loaded(tmp_path / "dataset", "users")["age"].to_pylist() == [31, None]

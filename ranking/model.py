@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Self
 
+import numpy as np
 import torch
 from torch import nn
 from torchrec.modules.embedding_configs import EmbeddingBagConfig, PoolingType
@@ -18,6 +19,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from features.batch import Batch
 from features.dataset import Dataset
+from features.entities import SparseColumns
 from features.history import GAP_BUCKETS
 from features.schema import SIGNALS
 from ranking.loss import quantile_loss, task_losses
@@ -32,6 +34,8 @@ class RankerConfig:
 
     embedding_dim: int = 16
     """Width of every embedding."""
+    leave_out: tuple[str, ...] = ()
+    """Sparse features that are not looked up: user ids with a handful of impressions each are learnt by heart."""
     bottom_widths: tuple[int, ...] = (64, 32)
     """Layers of the MLP over the dense features of user, video and candidate."""
     cross_layers: int = 2
@@ -54,8 +58,13 @@ class RankerConfig:
     """Penalty on the squared norm of each looked-up embedding; part of the loss, so it works with fused optimisers."""
     embedding_init: float = 0.02
     """Embeddings start uniform in plus or minus this: small, so that an untrained row says almost nothing."""
+    history: bool = True
+    """False leaves the attention over history out: for logs too small to learn it from."""
+    surface_as_context: bool = False
+    """The slot is not known when serving, the surface is. True moves the surface from the side tower, which serving
+    leaves out, into the main tower: for logs whose surfaces differ in more than how far down a video stands."""
     side_width: int = 8
-    """Width of the slot and surface embeddings of the side tower."""
+    """Width of the slot and surface embeddings."""
     side_dropout: float = 0.1
     """Share of examples trained without the side tower, so that the main logit stands on its own."""
     task_weights: tuple[tuple[str, float], ...] = ()
@@ -92,14 +101,21 @@ class RankerSizes:
     """Signals with positives in training, in SIGNALS' order."""
 
     @classmethod
-    def of(cls, dataset: Dataset, tasks: tuple[str, ...]) -> Self:
+    def of(cls, dataset: Dataset, tasks: tuple[str, ...], leave_out: tuple[str, ...] = ()) -> Self:
         """Read the sizes off a dataset with at least one example."""
-        one = dataset.inputs(dataset.examples.day[:1] * 0)
+        one = dataset.inputs(np.zeros(1, np.int64))
+        user, video = (_tables(columns, leave_out) for columns in (one.user_columns, one.video_columns))
+        unknown = sorted(set(leave_out) - {*one.user_columns.names, *one.video_columns.names})
+        if unknown or not user or not video:
+            raise ValueError(
+                f"RankerConfig.leave_out {leave_out}: unknown are {unknown}; users have {one.user_columns.names}, "
+                f"videos {one.video_columns.names}, and one of each must stay"
+            )
         return cls(
-            user_names=one.user_columns.names,
-            user_table_rows=one.user_columns.table_rows,
-            video_names=one.video_columns.names,
-            video_table_rows=one.video_columns.table_rows,
+            user_names=tuple(user),
+            user_table_rows=tuple(user.values()),
+            video_names=tuple(video),
+            video_table_rows=tuple(video.values()),
             user_dense=one.user_dense_BD.shape[1],
             video_dense=one.video_dense_UD.shape[1],
             candidate_dense=one.candidate_dense_NC.shape[1],
@@ -130,8 +146,11 @@ class RankerModel(nn.Module):
         dense_width = sizes.user_dense + sizes.video_dense + sizes.candidate_dense
         self.embedding_dropout = nn.Dropout(config.embedding_dropout)
         self.bottom = BottomMlp(dense_width, config.bottom_widths)
-        self.attention = HistoryAttention(video_width + sizes.video_dense, config)
-        width = user_width + video_width + config.bottom_widths[-1] + 2 * config.attention_width
+        width = user_width + video_width + config.bottom_widths[-1]
+        self.attention = HistoryAttention(video_width + sizes.video_dense, config) if config.history else None
+        width += 2 * config.attention_width if config.history else 0
+        self.surface = SurfaceContext(sizes, config) if config.surface_as_context else None
+        width += config.side_width if config.surface_as_context else 0
         self.cross = LowRankCross(width, config.cross_layers, config.cross_rank)
         self.mixture = ExpertMixture(width, len(sizes.tasks) + 1, config)
         self.direct = nn.Linear(dense_width, len(sizes.tasks) + 1)
@@ -159,17 +178,19 @@ class RankerModel(nn.Module):
         penalty = user_BF.square().sum(1).mean() + video_UF.square().sum(1).mean()
         user_BF, video_UF = self.embedding_dropout(user_BF), self.embedding_dropout(video_UF)
         candidate, owner = batch.candidate_N, batch.owner_N
-        attended_NA, taste_BA = self.attention(torch.cat([video_UF, batch.video_dense_UD], dim=1), batch)
         dense_NF = torch.cat(
             [batch.user_dense_BD[owner], batch.video_dense_UD[candidate], batch.candidate_dense_NC], dim=1
         )
-        parts = [
-            torch.cat([user_BF, taste_BA], dim=1)[owner],
-            video_UF[candidate],
-            self.bottom(dense_NF),
-            attended_NA,
-        ]
-        out_NT = self.mixture(self.cross(torch.cat(parts, dim=1))) + self.direct(dense_NF)
+        direct_NT = self.direct(dense_NF)
+        parts = [user_BF[owner], video_UF[candidate], self.bottom(dense_NF)]
+        if self.attention is not None:
+            attended_NA, taste_BA = self.attention(torch.cat([video_UF, batch.video_dense_UD], dim=1), batch)
+            parts += [attended_NA, taste_BA[owner]]
+        if self.surface is not None:
+            surface_BF, shift_BT = self.surface(batch.surface_B)
+            parts.append(surface_BF[owner])
+            direct_NT = direct_NT + shift_BT[owner]
+        out_NT = self.mixture(self.cross(torch.cat(parts, dim=1))) + direct_NT
         logits_NT, watch_N = out_NT[:, :-1], out_NT[:, -1]
         if with_side:
             logits_NT = logits_NT + self.side(batch.slot_N, batch.surface_B[owner])
@@ -280,21 +301,39 @@ class ExpertMixture(nn.Module):
         return (gates_NTE * opinions_NTE).sum(-1)
 
 
+class SurfaceContext(nn.Module):
+    """The request's surface as a feature of the main tower: an embedding to cross, and a plain shift of each logit."""
+
+    def __init__(self, sizes: RankerSizes, config: RankerConfig) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(sizes.surface_rows, config.side_width)
+        self.shift = nn.Embedding(sizes.surface_rows, len(sizes.tasks) + 1)
+        nn.init.normal_(self.embedding.weight, std=0.1)
+        nn.init.zeros_(self.shift.weight)
+
+    def forward(self, surface_B: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.embedding(surface_B), self.shift(surface_B)
+
+
 class SideTower(nn.Module):
     """What slot and surface alone do to each task: added in training, left out at serving (position debias)."""
 
     def __init__(self, sizes: RankerSizes, config: RankerConfig) -> None:
         super().__init__()
         self.slot = nn.Embedding(sizes.slot_rows, config.side_width)
-        self.surface = nn.Embedding(sizes.surface_rows, config.side_width)
-        self.out = nn.Linear(2 * config.side_width, len(sizes.tasks), bias=False)
+        self.surface = None if config.surface_as_context else nn.Embedding(sizes.surface_rows, config.side_width)
+        self.out = nn.Linear(config.side_width, len(sizes.tasks), bias=False)
         self.keep = 1.0 - config.side_dropout
         for table in (self.slot, self.surface):
-            nn.init.normal_(table.weight, std=0.1)
+            if table is not None:
+                nn.init.normal_(table.weight, std=0.1)
 
     def forward(self, slot_N: torch.Tensor, surface_N: torch.Tensor) -> torch.Tensor:
         """(N, T) logits; in training a share of the rows gets zeros."""
-        logits_NT = self.out(torch.cat([self.slot(slot_N), self.surface(surface_N)], dim=1))
+        place_NS = self.slot(slot_N)
+        if self.surface is not None:
+            place_NS = place_NS + self.surface(surface_N)
+        logits_NT = self.out(place_NS)
         if not self.training:
             return logits_NT
         kept_N1 = torch.rand(len(slot_N), 1, device=logits_NT.device) < self.keep
@@ -311,6 +350,11 @@ def config_from(fields: dict[str, Any]) -> RankerConfig:
     fields = _with_tuples(fields)
     fields["task_weights"] = tuple((name, weight) for name, weight in fields["task_weights"])
     return RankerConfig(**fields)
+
+
+def _tables(columns: SparseColumns, leave_out: tuple[str, ...]) -> dict[str, int]:
+    tables = zip(columns.names, columns.table_rows, strict=True)
+    return {name: rows for name, rows in tables if name not in leave_out}
 
 
 def _with_tuples(fields: dict[str, Any]) -> dict[str, Any]:

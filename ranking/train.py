@@ -48,11 +48,12 @@ class RankerTask:
         if not self.tasks:
             raise ValueError(f"no positive of any signal on the training dates {train_dates}: nothing to learn")
         self._task_columns = [SIGNALS.index(task) for task in self.tasks]
+        self._sizes = RankerSizes.of(dataset, self.tasks, config.leave_out)
         self._watch = self._fit_watch()
 
     def build(self) -> RankerModel:
         """A fresh model; the caller seeds torch."""
-        return RankerModel(self._config, RankerSizes.of(self._dataset, self.tasks), self.base_rates)
+        return RankerModel(self._config, self._sizes, self.base_rates)
 
     def train_units(self) -> np.ndarray:
         """Example rows of the training dates."""
@@ -75,7 +76,7 @@ class RankerTask:
         save_file({name: value.contiguous() for name, value in state.items()}, folder / "ranker.safetensors")
         description = {
             "config": config_fields(self._config),
-            "sizes": asdict(RankerSizes.of(self._dataset, self.tasks)),
+            "sizes": asdict(self._sizes),
             "base_rates": self.base_rates,
             "dropped_tasks": self.dropped_tasks,
             "watch_quantiles": self._watch.to_json(),

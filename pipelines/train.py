@@ -138,13 +138,20 @@ def _work(loop_config: dict[str, Any]) -> None:
 def _explain(failed: Exception) -> _Failure:
     """The failure that says most: an error of code or data before the loss of a connection that it caused."""
     failures: dict[int, Exception] = getattr(failed, "worker_failures", {})
-    causes = {rank: getattr(failure, "_base_exc", failure) for rank, failure in failures.items()}
+    causes = {rank: _unwrapped(failure) for rank, failure in failures.items()}
     if not causes:
         cause = getattr(failed, "controller_failure", failed)
         return _Failure(f"Ray Train could not run the workers: {cause}", cause, lost_worker=False)
     rank = min(causes, key=lambda rank: (_is_loss(causes[rank]), rank))
     cause = causes[rank]
-    return _Failure(f"worker {rank} failed: {type(cause).__name__}: {cause}", cause, lost_worker=_is_loss(cause))
+    if _is_loss(cause):
+        return _Failure(f"worker {rank} was lost, and restarts are used up: {cause}", cause, lost_worker=True)
+    return _Failure(f"worker {rank} failed: {type(cause).__name__}: {cause}", cause, lost_worker=False)
+
+
+def _unwrapped(failure: Exception) -> BaseException:
+    """Ray Train wraps what the worker raised, and what its health check met."""
+    return getattr(failure, "_base_exc", None) or getattr(failure, "health_check_failure", None) or failure
 
 
 def _is_loss(cause: BaseException) -> bool:

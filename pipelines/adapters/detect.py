@@ -1,0 +1,25 @@
+"""Which adapter reads a path: a mapping file, KuaiRand's own files, or canonical tables."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from features.validate import SchemaError
+from pipelines.adapters import Adapter
+from pipelines.adapters.canonical import CanonicalAdapter
+from pipelines.adapters.kuairand import KuaiRandAdapter
+from pipelines.adapters.mapping import MappingAdapter
+
+
+def open_adapter(path: Path) -> Adapter:
+    """The adapter for a path; raises SchemaError saying what it looked for when none fits."""
+    if path.is_file() and path.suffix == ".toml":
+        return MappingAdapter(path)
+    if any((path / "events").glob("date=*")):
+        return CanonicalAdapter(path)
+    if any([*path.glob("log_*.csv"), *path.glob("data/log_*.csv")]):
+        return KuaiRandAdapter(path)
+    raise SchemaError(
+        f"{path}: no adapter reads this. Give a mapping file (NAME.toml, see docs/bring-your-own-logs.md), a folder "
+        "of KuaiRand's CSV files (log_*.csv, or data/log_*.csv), or one of canonical tables (events/date=YYYY-MM-DD/)"
+    )

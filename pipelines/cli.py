@@ -1,0 +1,283 @@
+"""The command line. Heavy imports happen inside the commands, so that `--help` answers at once.
+
+Exit codes: 0 done, 1 failed (the message says what and how to mend it), 2 wrong input or usage, 3 refused: the gate
+or replay answered, and the answer is no.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(
+    name="reelrank",
+    help="Recommendation and ranking for short-video feeds: logs in, feed out.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+EXIT_FAILED, EXIT_INPUT, EXIT_REFUSED = 1, 2, 3
+
+Run = Annotated[Path, typer.Option("--run", help="The run's folder.", show_default=False)]
+Registry = Annotated[
+    Path | None, typer.Option("--registry", help="Where bundles are published. Default: RUN/registry.")
+]
+RecipeName = Annotated[str, typer.Option("--recipe", help="A named recipe; `reelrank recipes` lists them.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="Change one field of the recipe, e.g. --set ranker_train.epochs=3. Repeatable."),
+]
+Data = Annotated[
+    Path,
+    typer.Option("--data", help="A folder of KuaiRand's CSV files or of canonical tables, or a mapping file (.toml)."),
+]
+Force = Annotated[bool, typer.Option("--force", help="Publish although the gate refuses; noted in the manifest.")]
+
+
+@app.command()
+def demo(
+    scale: Annotated[str, typer.Option(help="Size of the simulated world: smoke, small or full.")] = "smoke",
+    out: Annotated[Path | None, typer.Option(help="Folder of the run. Default: runs/demo-SCALE.")] = None,
+) -> None:
+    """The whole funnel on a simulated world: generate, train, publish, serve, fetch feeds, replay, report."""
+    from pipelines.demo import run_demo
+
+    run_demo(scale, out or Path("runs") / f"demo-{scale}")
+
+
+@app.command()
+def run(
+    recipe: RecipeName,
+    data: Data,
+    out: Annotated[Path | None, typer.Option(help="Folder of the run. Default: runs/RECIPE.")] = None,
+    registry: Registry = None,
+    overrides: Overrides = None,
+    force: Force = False,
+    feed_users: Annotated[int, typer.Option(help="Then serve the bundle and fetch a feed for this many users.")] = 3,
+) -> None:
+    """The whole day on real logs: ingest, train, index, evaluate, gate, publish; then fetch a feed over gRPC."""
+    from pipelines.adapters.detect import open_adapter
+    from pipelines.console import Stages
+    from pipelines.run import run as run_all
+    from pipelines.show import fetch_feeds, finish
+
+    workspace = _create(recipe, out, overrides, registry)
+    shown = Stages()
+    record = run_all(workspace, open_adapter(data), shown, force=force)
+    fetch_feeds(workspace, record, shown, feed_users)
+    finish(workspace, record)
+
+
+@app.command()
+def ingest(
+    data: Data,
+    recipe: RecipeName,
+    out: Annotated[Path | None, typer.Option("--run", help="Folder of the run. Default: runs/RECIPE.")] = None,
+    overrides: Overrides = None,
+) -> None:
+    """Read, validate and encode logs; bad rows are quarantined and counted. Starts a run folder."""
+    from pipelines import stages
+    from pipelines.adapters.detect import open_adapter
+    from pipelines.console import Stages
+
+    workspace, shown = _create(recipe, out, overrides, None), Stages()
+    with shown.stage("ingest") as stage:
+        stages.ingest(workspace, open_adapter(data), stage)
+    with shown.stage("examples") as stage:
+        stages.examples(workspace, stage)
+
+
+@app.command()
+def train(run: Run, model: Annotated[str, typer.Option(help="towers, ranker or both.")] = "both") -> None:
+    """Train under Ray Train, sharded by TorchRec's planner; continues where a killed run stopped."""
+    from pipelines import stages
+
+    if model not in ("towers", "ranker", "both"):
+        raise typer.BadParameter(f"--model {model}: give towers, ranker or both")
+    names = ("towers", "ranker") if model == "both" else (model,)
+    _one_stage(run, None, "train", lambda ws, stage: stages.train_models(ws, stage, names))
+
+
+@app.command()
+def index(run: Run) -> None:
+    """Embed the corpus with the video tower and build the FAISS index."""
+    from pipelines import stages
+
+    _one_stage(run, None, "embed and index", stages.index)
+
+
+@app.command()
+def evaluate(run: Run) -> None:
+    """Measure retrieval and ranking on the test days, beside their baselines."""
+    from pipelines import stages
+    from pipelines.show import print_metrics
+
+    print_metrics(_one_stage(run, None, "evaluate", stages.evaluate))
+
+
+@app.command()
+def publish(run: Run, registry: Registry = None, force: Force = False) -> None:
+    """Hold the run against the gate, write the bundle, and make it live."""
+    from pipelines import stages
+
+    _one_stage(run, registry, "gate and publish", lambda ws, stage: stages.publish(ws, stage, force=force))
+
+
+@app.command()
+def rollback(registry: Annotated[Path, typer.Option("--registry", help="Where bundles are published.")]) -> None:
+    """Make the previously live bundle live again; running servers follow within a second."""
+    from features.artifacts import Registry as Bundles
+
+    typer.echo(f"live: {Bundles(registry).rollback()}")
+
+
+@app.command()
+def serve(
+    registry: Annotated[Path, typer.Option("--registry", help="Where bundles are published.")],
+    store: Annotated[Path, typer.Option("--store", help="SQLite file of live events; made when missing.")] = Path(
+        "live.sqlite"
+    ),
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port; 0 lets the system choose.")] = 50051,
+    insecure_public: Annotated[
+        bool, typer.Option("--insecure-public", help="Allow an address that other machines reach, without TLS.")
+    ] = False,
+) -> None:
+    """Serve the live bundle over gRPC and follow LIVE: publish and rollback need no restart."""
+    from serving.server import ServerConfig
+    from serving.server import serve as serve_forever
+
+    serve_forever(registry, store, ServerConfig(host=host, port=port, insecure_public=insecure_public))
+
+
+@app.command()
+def feed(
+    user: Annotated[int, typer.Option(help="User id.")],
+    address: Annotated[str, typer.Option(help="Where `reelrank serve` listens.")] = "127.0.0.1:50051",
+    k: Annotated[int, typer.Option(help="Videos.")] = 10,
+    surface: Annotated[str, typer.Option(help="Surface; empty takes the bundle's first.")] = "",
+) -> None:
+    """Fetch a feed from a running server and print why each video is in it."""
+    from pipelines.show import print_feed
+
+    print_feed(address, user, k, surface)
+
+
+@app.command()
+def replay(
+    events: Annotated[Path, typer.Option("--events", help="A folder of canonical tables with logged propensities.")],
+    policy: Annotated[
+        list[str], typer.Option("--policy", help="logged, random, popularity, newest, bundle:VERSION or file:PATH.")
+    ],
+    metric: Annotated[list[str] | None, typer.Option("--metric", help="A signal, or watch_s.")] = None,
+    registry: Annotated[Path | None, typer.Option("--registry", help="For bundle:VERSION (or bundle:live).")] = None,
+    slots: Annotated[int | None, typer.Option(help="Judge the first slots of each slate only.")] = None,
+    days: Annotated[float | None, typer.Option(help="Judge the last days of the log only.")] = None,
+    resamples: Annotated[int, typer.Option(help="Bootstrap resamples of users.")] = 500,
+    run: Annotated[
+        Path | None, typer.Option("--run", help="The run that made the bundle: its counters as of then.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Also write the report as JSON.")] = None,
+) -> None:
+    """Would another policy have done better on the logged requests? Estimates with intervals, or an honest refusal."""
+    from pipelines.replay import print_report
+    from pipelines.replay import replay as replay_log
+    from pipelines.replay_bundle import factories
+
+    report = replay_log(
+        events,
+        policy,
+        metrics=tuple(metric or ("long_view", "watch_s")),
+        slots=slots,
+        days=days,
+        resamples=resamples,
+        factories=factories(registry, run),
+        on_progress=lambda text: typer.echo(text, err=True),
+    )
+    print_report(report)
+    if out is not None:
+        report.write(out)
+    raise typer.Exit(report.exit_code)
+
+
+@app.command()
+def report(run: Run) -> None:
+    """Write the HTML report of a run again from its run.json."""
+    import json
+
+    from pipelines.report import write_report
+
+    path = run / "run.json"
+    if not path.exists():
+        raise FileNotFoundError(f"{path} is not there: `reelrank run` or `reelrank demo` writes it")
+    write_report(json.loads(path.read_text()), run / "report.html")
+    typer.echo(run / "report.html")
+
+
+@app.command()
+def recipes() -> None:
+    """List the named recipes."""
+    from pipelines.recipes import RECIPES
+
+    for name, make in RECIPES.items():
+        typer.echo(f"{name:<16}{(make.__doc__ or '').splitlines()[0]}")
+
+
+@app.command()
+def doctor() -> None:
+    """Versions, import paths, CPU features, GPU, memory, disk; says what is wrong and how to mend it."""
+    from pipelines.doctor import diagnose, print_checks
+
+    raise typer.Exit(print_checks(diagnose()))
+
+
+def main() -> None:
+    """Entry point: turns expected failures into one clear message and an exit code."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    try:
+        app()
+    except Exception as error:
+        code = _exit_code(error)
+        if code is None:
+            raise
+        typer.secho(f"{type(error).__name__}: {error}", fg=typer.colors.RED, err=True)
+        raise SystemExit(code) from error
+
+
+def _exit_code(error: Exception) -> int | None:
+    """Exit code of a failure that is the user's to mend; None for a bug, which keeps its traceback."""
+    from features.artifacts import ArtifactError
+    from features.validate import SchemaError
+    from pipelines.ingest import IngestError
+    from pipelines.replay_log import ReplayInputError
+
+    if isinstance(error, (SchemaError, IngestError, ReplayInputError, FileNotFoundError, ValueError)):
+        return EXIT_INPUT
+    if isinstance(error, ArtifactError):
+        return EXIT_FAILED
+    return EXIT_REFUSED if type(error).__name__ == "GateError" else None
+
+
+def _create(name: str, out: Path | None, overrides: list[str] | None, registry: Path | None) -> Any:
+    from pipelines.recipes import recipe
+    from pipelines.workspace import Workspace
+
+    changes = tuple(overrides or ())
+    return Workspace.create(out or Path("runs") / name, recipe(name, changes), changes, registry)
+
+
+def _one_stage(run: Path, registry: Path | None, name: str, work: Any) -> Any:
+    from pipelines.console import Stages
+    from pipelines.workspace import Workspace
+
+    workspace = Workspace.open(run, registry)
+    with Stages().stage(name) as stage:
+        return work(workspace, stage)
+
+
+if __name__ == "__main__":
+    main()

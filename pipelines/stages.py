@@ -1,0 +1,284 @@
+"""The stages of a run, each a function of the workspace: it reads files, writes files, and says what it did.
+
+ingest -> examples -> train -> index -> evaluate -> gate and publish. Run one after another by
+`pipelines.run`, or one at a time from the command line.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+
+from candidate_gen.index import VideoIndex
+from candidate_gen.infer import Towers
+from candidate_gen.model import TowerConfig
+from candidate_gen.train import TowersTask
+from features.artifacts import Registry
+from features.dataset import Dataset
+from features.schema import SIGNALS
+from pipelines import ingest as ingestion
+from pipelines.adapters import Adapter
+from pipelines.baselines import popular_videos
+from pipelines.console import Stage
+from pipelines.evaluate_ranking import (
+    evaluate_protocol,
+    evaluate_tasks,
+    evaluate_watch,
+    reliability_points,
+    score_examples,
+)
+from pipelines.evaluate_retrieval import evaluate_retrieval
+from pipelines.gate import Verdict, judge, passed, to_rows
+from pipelines.recipes import Split
+from pipelines.train import Job, train_all
+from pipelines.trainer import Progress
+from pipelines.workspace import Workspace
+from ranking.infer import Ranker
+from ranking.model import RankerConfig
+from ranking.train import RankerTask
+from serving.bundle import write_bundle
+from serving.golden import record
+
+EMBED_CHUNK = 8192
+Oracle = Callable[[np.ndarray, np.ndarray, np.ndarray], dict[str, np.ndarray]]
+"""(user_id, video_id, ts_ms) -> true probability a signal; only a simulated world has one."""
+
+
+class GateError(Exception):
+    """A candidate was refused; the message lists the rules it broke, with both numbers."""
+
+
+def ingest(ws: Workspace, adapter: Adapter, stage: Stage) -> None:
+    """Raw logs -> canonical tables; bad rows go to quarantine and are counted."""
+    report = ingestion.ingest(adapter, ws.canonical, on_progress=lambda p: stage.progress(str(p)))
+    stage.rows = sum(count.rows_in for count in report.tables.values())
+    quarantined = sum(count.quarantined for count in report.tables.values())
+    events = report.tables["events"]
+    stage.note = f"{events.kept:,} events kept, {quarantined:,} rows quarantined, {len(report.dates)} days"
+
+
+def examples(ws: Workspace, stage: Stage) -> None:
+    """Canonical tables -> encoded, memory-mapped examples with their histories and counters."""
+    events = ingestion.load_events(ws.canonical)
+    dates = tuple(sorted(set(events["date"].to_pylist())))
+    dataset = Dataset.build(
+        ws.recipe.spec,
+        users=_table(ws, "users"),
+        videos=_table(ws, "videos"),
+        events=events,
+        undated=ingestion.load_table(ws.canonical, "undated"),
+        train_dates=ws.recipe.split.resolve(dates).train,
+    )
+    dataset.save(ws.dataset_dir)
+    shutil.rmtree(ws.training, ignore_errors=True)  # checkpoints of other examples must not be resumed
+    stage.rows = len(dataset.examples)
+    stage.note = f"{len(dataset.users):,} users, {len(dataset.videos):,} videos"
+
+
+def train_models(ws: Workspace, stage: Stage, names: Sequence[str] = ("towers", "ranker")) -> None:
+    """Towers and ranker one after the other in one group of Ray Train workers; the ranker is calibrated as it is
+    exported. Goes on from the last checkpoint of the same examples."""
+    split = ws.split(ws.dataset())
+    makers = {
+        "towers": (_towers_task, ws.recipe.towers, ws.recipe.towers_train),
+        "ranker": (_ranker_task, ws.recipe.ranker, ws.recipe.ranker_train),
+    }
+    jobs = []
+    for name in names:
+        make, model, how = makers[name]
+        arguments = (ws.dataset_dir, model, split.train, split.validation)
+        jobs.append(Job(make_task=make, args=arguments, config=how, out_dir=ws.training / name))
+    results = train_all(jobs, on_progress=_tell(stage))
+    for name in names:
+        _collect(ws.training / name, ws.root / name)
+    stage.note = ", ".join(
+        f"{r.name}: {len(r.epochs)} epochs, validation loss {r.best_validation_loss:.4f} at epoch {r.best_epoch + 1}"
+        for r in results
+    )
+
+
+def index(ws: Workspace, stage: Stage) -> None:
+    """Embed the corpus chunk by chunk and build the index over it."""
+    ws.require(ws.towers / "towers.json", "reelrank train")
+    dataset, towers = ws.dataset(), Towers.load(ws.towers)
+    n_rows = len(dataset.videos) + 1
+
+    def embedded() -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        for start in range(1, n_rows, EMBED_CHUNK):
+            rows = np.arange(start, min(start + EMBED_CHUNK, n_rows))
+            yield rows, towers.video_vectors(dataset.videos, rows)
+
+    built = VideoIndex.build(
+        embedded(), n_rows, ws.recipe.index, on_progress=lambda n: stage.progress(f"{n:,} of {n_rows - 1:,} videos")
+    )
+    built.save(ws.index)
+    stage.rows = len(built)
+    stage.note = json.loads((ws.index / "index.json").read_text())["kind"]
+
+
+def evaluate(ws: Workspace, stage: Stage, oracle: Oracle | None = None) -> dict:
+    """Measure retrieval and ranking on the test days; write and return `metrics.json`."""
+    ws.require(ws.index / "index.json", "reelrank index")
+    dataset = ws.dataset()
+    split = ws.split(dataset)
+    events = _frame(ingestion.load_events(ws.canonical))
+    stage.progress("retrieval")
+    vectors = VideoIndex.load(ws.index)
+    retrieval = evaluate_retrieval(
+        dataset,
+        Towers.load(ws.towers),
+        vectors,
+        np.asarray(vectors.vectors_RD, dtype=np.float32),
+        _popular_rows(ws, dataset, events.filter(~pl.col("date").is_in(split.test))),
+        dates=split.test,
+        signal=ws.recipe.retrieval_signal,
+        ks=ws.recipe.recall_at,
+    )
+    metrics = {
+        "fingerprint": ws.fingerprint(),
+        "split": {"train": split.train, "validation": split.validation, "test": split.test},
+        "retrieval": retrieval,
+        **_ranking(ws, dataset, split, events, oracle, stage),
+    }
+    ws.metrics.write_text(json.dumps(metrics, indent=1))
+    stage.rows = len(dataset.rows_on(split.test))
+    k = retrieval["index_recall"]["k"]
+    best, popular = retrieval["rows"][0][f"recall@{k}"], retrieval["rows"][1][f"recall@{k}"]
+    stage.note = f"recall@{k} {best:.3f} (popularity {popular:.3f})"
+    return metrics
+
+
+def publish(ws: Workspace, stage: Stage, *, force: bool = False) -> tuple[str, list[Verdict]]:
+    """Gate, lay out the bundle, record golden answers, publish and make it live; returns version and verdicts.
+
+    Raises GateError when a rule fails, unless `force`; what was forced stands in the manifest.
+    """
+    ws.require(ws.metrics, "reelrank evaluate")
+    metrics, registry = json.loads(ws.metrics.read_text()), Registry(ws.registry)
+    verdicts = judge(metrics, _live_metrics(registry), ws.recipe.gate)
+    if not passed(verdicts) and not force:
+        broken = [
+            f"  {v.rule}: found {_number(v.candidate)}, wanted {_number(v.bound)}" for v in verdicts if not v.passed
+        ]
+        raise GateError("the gate refused this candidate:\n" + "\n".join(broken) + "\n`--force` publishes it anyway")
+    staged = registry.stage()
+    stage.progress("writing the bundle")
+    dataset = ws.dataset()
+    popular_dates = dataset.dates if ws.recipe.popular_days is None else dataset.dates[-ws.recipe.popular_days :]
+    write_bundle(
+        staged,
+        dataset,
+        videos=_table(ws, "videos"),
+        follows=ingestion.load_table(ws.canonical, "follows"),
+        towers_dir=ws.towers,
+        ranker_dir=ws.ranker,
+        index=VideoIndex.load(ws.index),
+        feed_config=ws.recipe.feed,
+        metrics=metrics,
+        popular_examples=dataset.rows_on(popular_dates),
+    )
+    stage.progress("recording golden answers")
+    record(staged, now_ms=int(dataset.examples.ts_ms.max()) + 1)
+    meta = {"recipe": ws.recipe.name, "data": metrics["fingerprint"], "gate": to_rows(verdicts), "forced": force}
+    version = registry.publish(staged, meta=meta)
+    registry.set_live(version)
+    stage.note = f"{version} is live"
+    return version, verdicts
+
+
+def _towers_task(folder: Path, config: TowerConfig, train: tuple[str, ...], validation: tuple[str, ...]) -> TowersTask:
+    return TowersTask(Dataset.load(folder), config, train, validation)
+
+
+def _ranker_task(folder: Path, config: RankerConfig, train: tuple[str, ...], validation: tuple[str, ...]) -> RankerTask:
+    return RankerTask(Dataset.load(folder), config, train, validation)
+
+
+def _collect(trained: Path, out: Path) -> None:
+    """Copy what the task exported, and how it was trained, away from the checkpoints."""
+    shutil.rmtree(out, ignore_errors=True)
+    out.mkdir()
+    for path in trained.iterdir():
+        if path.is_file() and path.suffix in (".json", ".safetensors"):
+            shutil.copy2(path, out / path.name)
+
+
+def _ranking(
+    ws: Workspace, dataset: Dataset, split: Split, events: pl.DataFrame, oracle: Oracle | None, stage: Stage
+) -> dict:
+    ranker, e = Ranker.load(ws.ranker), dataset.examples
+    rows = dataset.rows_on(split.test)
+    probability_NT, watch_ms_N = score_examples(
+        dataset, ranker, rows, lambda n: stage.progress(f"ranking: {n:,} of {len(rows):,} rows")
+    )
+    truth = None
+    if oracle is not None:
+        test = events[rows]
+        truth = oracle(test["user_id"].to_numpy(), test["video_id"].to_numpy(), test["ts_ms"].to_numpy())
+    t = ranker.tasks.index("long_view")
+    labels = e.signals[rows, SIGNALS.index("long_view")]
+    undated = ingestion.load_table(ws.canonical, "undated")
+    return {
+        "ranking": evaluate_tasks(dataset, rows, ranker.tasks, probability_NT, truth),
+        "watch": evaluate_watch(dataset, rows, watch_ms_N),
+        "reliability": {"long_view": reliability_points(labels, probability_NT[:, t])},
+        "primary": evaluate_protocol(
+            dataset,
+            rows,
+            probability_NT[:, t],
+            train_rows=dataset.rows_on((*split.train, *split.validation)),
+            events=events,
+            videos=_frame(_table(ws, "videos")),
+            undated=_frame(undated) if undated is not None else None,
+            progress=stage.progress,
+        ),
+    }
+
+
+def _popular_rows(ws: Workspace, dataset: Dataset, events: pl.DataFrame) -> np.ndarray:
+    """Eligible video rows by positives of the retrieved signal, best first: the baseline that retrieval must beat."""
+    ids = popular_videos(events, ws.recipe.retrieval_signal, len(dataset.videos), days=ws.recipe.popular_days)
+    rows = dataset.videos.rows_of(ids)
+    return rows[dataset.eligible[rows]]
+
+
+def _live_metrics(registry: Registry) -> dict | None:
+    """Metrics of the live bundle; a live bundle that is damaged raises ArtifactError rather than count as absent."""
+    if registry.live() is None:
+        return None
+    return json.loads(registry.open(None).path("metrics.json").read_text())
+
+
+def _table(ws: Workspace, name: str):
+    table = ingestion.load_table(ws.canonical, name)
+    if table is None:
+        raise FileNotFoundError(
+            f"{ws.canonical / name}.parquet is not there: run `reelrank ingest --run {ws.root}` first"
+        )
+    return table
+
+
+def _frame(table) -> pl.DataFrame:
+    frame = pl.from_arrow(table)
+    if not isinstance(frame, pl.DataFrame):
+        raise TypeError(f"expected a table, found {type(frame)}")
+    return frame
+
+
+def _tell(stage: Stage) -> Callable[[Progress], None]:
+    def tell(p: Progress) -> None:
+        stage.progress(
+            f"epoch {p.epoch + 1}/{p.epochs} step {p.step}/{p.steps} loss {p.loss:.4f} "
+            f"{p.samples_per_s:,.0f} samples/s, {p.eta_s:.0f} s left"
+        )
+
+    return tell
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"

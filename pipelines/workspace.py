@@ -1,0 +1,106 @@
+"""A run's folder: where each stage leaves what the next one reads.
+
+RUN/recipe.json       the full configuration          RUN/towers/  RUN/ranker/    exported models, training results
+RUN/canonical/        ingested tables, quarantine     RUN/index/                  vectors and FAISS index
+RUN/dataset/          encoded, memory-mapped          RUN/metrics.json            what evaluation found
+RUN/run.json          stages, times, gate, feeds      RUN/report.html             the same for people
+RUN/registry/         bundles and LIVE; `--registry` puts it elsewhere
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from features.dataset import Dataset
+from pipelines.recipes import Recipe, Split, recipe, to_json
+
+
+@dataclass(frozen=True, slots=True)
+class Workspace:
+    """Paths of a run and its recipe."""
+
+    root: Path
+    recipe: Recipe
+    registry: Path
+
+    @classmethod
+    def create(
+        cls, root: Path, chosen: Recipe, overrides: tuple[str, ...] = (), registry: Path | None = None
+    ) -> Workspace:
+        """Make the folder and write the recipe down; an existing folder is taken over by the new recipe."""
+        root = root.absolute()
+        root.mkdir(parents=True, exist_ok=True)
+        (root / "recipe.json").write_text(to_json(chosen))
+        (root / "recipe-name.json").write_text(json.dumps({"name": chosen.name, "overrides": overrides}))
+        return cls(root, chosen, (registry or root / "registry").absolute())
+
+    @classmethod
+    def open(cls, root: Path, registry: Path | None = None) -> Workspace:
+        """A folder that `create` made; raises FileNotFoundError saying how to make one."""
+        root = root.absolute()
+        path = root / "recipe-name.json"
+        if not path.exists():
+            raise FileNotFoundError(f"{root} is not a run folder (no recipe-name.json): start with `reelrank ingest`")
+        written = json.loads(path.read_text())
+        chosen = recipe(written["name"], written["overrides"])
+        return cls(root, chosen, (registry or root / "registry").absolute())
+
+    @property
+    def canonical(self) -> Path:
+        """Ingested tables."""
+        return self.root / "canonical"
+
+    @property
+    def dataset_dir(self) -> Path:
+        """Encoded training data."""
+        return self.root / "dataset"
+
+    @property
+    def towers(self) -> Path:
+        """Exported towers."""
+        return self.root / "towers"
+
+    @property
+    def ranker(self) -> Path:
+        """Exported ranker."""
+        return self.root / "ranker"
+
+    @property
+    def training(self) -> Path:
+        """Checkpoints and training results."""
+        return self.root / "training"
+
+    @property
+    def index(self) -> Path:
+        """The built index."""
+        return self.root / "index"
+
+    @property
+    def metrics(self) -> Path:
+        """What evaluation measured."""
+        return self.root / "metrics.json"
+
+    def dataset(self) -> Dataset:
+        """The encoded data, memory-mapped; raises FileNotFoundError when the examples stage has not run."""
+        self.require(self.dataset_dir / "dates.json", "reelrank ingest")
+        return Dataset.load(self.dataset_dir)
+
+    def split(self, dataset: Dataset) -> Split:
+        """The recipe's split of the days that are there."""
+        return self.recipe.split.resolve(dataset.dates)
+
+    def require(self, path: Path, command: str) -> None:
+        """Raise FileNotFoundError naming the command that makes `path`."""
+        if not path.exists():
+            raise FileNotFoundError(f"{path} is not there yet: run `{command} --run {self.root}` first")
+
+    def fingerprint(self) -> str:
+        """Digest of the ingested files: two metrics with equal fingerprints were measured on the same data."""
+        digest = hashlib.sha256()
+        for path in sorted(self.canonical.rglob("*.parquet")):
+            digest.update(str(path.relative_to(self.canonical)).encode())
+            digest.update(hashlib.sha256(path.read_bytes()).digest())
+        return digest.hexdigest()[:16]

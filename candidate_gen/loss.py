@@ -33,14 +33,14 @@ def sampled_softmax(
     pool_C = torch.cat([positive_N, uniform_X]) if in_batch else uniform_X
     log_draws_C = torch.cat([log_draws_N, log_draws_X]) if in_batch else log_draws_X
     positive_score_N = (user_ND * video_UD[positive_N]).sum(dim=-1) / temperature
-    score_NC = user_ND @ video_UD[pool_C].T / temperature
-    if correct:
-        score_NC = score_NC - log_draws_C
-    score_NC = score_NC.masked_fill(_own_positives(positive_N, owner_N, pool_C, len(video_UD)), float("-inf"))
-    logit_NC = torch.cat([positive_score_N.unsqueeze(1), score_NC], dim=1)
-    loss = functional.cross_entropy(logit_NC, torch.zeros_like(positive_N))
+    own_NC = _own_positives(positive_N, owner_N, pool_C, len(video_UD))
+    score_NC = (user_ND @ video_UD[pool_C].T / temperature).masked_fill(own_NC, float("-inf"))
     with torch.no_grad():
         hit_rate = (positive_score_N > score_NC.max(dim=1).values).float().mean()
+    if correct:
+        score_NC = score_NC - log_draws_C
+    logit_NC = torch.cat([positive_score_N.unsqueeze(1), score_NC], dim=1)
+    loss = functional.cross_entropy(logit_NC, torch.zeros_like(positive_N))
     return {"loss": loss, "hit_rate": hit_rate}
 
 

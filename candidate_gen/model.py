@@ -44,12 +44,12 @@ class TowerConfig:
     """Cosines are divided by this before the softmax."""
     positives: tuple[str, ...] = ("long_view",)
     """An impression with any of these signals is something to retrieve."""
-    uniform_negatives: int = 1024
+    uniform_negatives: int = 512
     """Videos drawn uniformly a batch, beside the positives of the batch's other users."""
     in_batch_negatives: bool = True
     correct_sampling: bool = True
     """logQ: weigh negatives by how often they are drawn. Off, popular videos are pushed down."""
-    window_stride: int = 25
+    window_stride: int = 50
     """Training windows of one user begin this many events apart; a target then sees at least history - stride."""
 
     def __post_init__(self) -> None:
@@ -57,6 +57,8 @@ class TowerConfig:
             raise ValueError(f"TowerConfig.positives: {sorted(unknown)} are no signals; choose from {SIGNALS}")
         if not self.positives:
             raise ValueError("TowerConfig.positives is empty: name at least one signal to retrieve by")
+        if self.uniform_negatives < 1 and not self.in_batch_negatives:
+            raise ValueError("TowerConfig: no negatives; set uniform_negatives above 0 or in_batch_negatives")
         if self.dim % self.heads:
             raise ValueError(f"TowerConfig.dim {self.dim} is not a multiple of heads {self.heads}")
 

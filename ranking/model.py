@@ -182,14 +182,14 @@ class RankerModel(nn.Module):
             [batch.user_dense_BD[owner], batch.video_dense_UD[candidate], batch.candidate_dense_NC], dim=1
         )
         direct_NT = self.direct(dense_NF)
-        parts = [user_BF[owner], video_UF[candidate], self.bottom(dense_NF)]
+        parts = [user_BF.index_select(0, owner), video_UF.index_select(0, candidate), self.bottom(dense_NF)]
         if self.attention is not None:
             attended_NA, taste_BA = self.attention(torch.cat([video_UF, batch.video_dense_UD], dim=1), batch)
-            parts += [attended_NA, taste_BA[owner]]
+            parts += [attended_NA, taste_BA.index_select(0, owner)]
         if self.surface is not None:
             surface_BF, shift_BT = self.surface(batch.surface_B)
-            parts.append(surface_BF[owner])
-            direct_NT = direct_NT + shift_BT[owner]
+            parts.append(surface_BF.index_select(0, owner))
+            direct_NT = direct_NT + shift_BT.index_select(0, owner)
         out_NT = self.mixture(self.cross(torch.cat(parts, dim=1))) + direct_NT
         logits_NT, watch_N = out_NT[:, :-1], out_NT[:, -1]
         if with_side:
@@ -233,15 +233,15 @@ class HistoryAttention(nn.Module):
         """Attended history of each candidate (N, A), and the plain mean of each context's values (B, A)."""
         n_contexts, length = batch.history_BL.shape
         events_BLS = torch.cat([batch.history_signals_BLS, batch.history_watch_BL.unsqueeze(-1)], dim=-1)
-        tokens_BLA = (
-            self.key_value(video_UF)[batch.history_BL] + self.event(events_BLS) + self.gap(batch.history_gap_BL)
-        )
+        # index_select: its gradient on a CPU is several times faster than that of indexing or of an embedding.
+        videos_BLA = self.key_value(video_UF).index_select(0, batch.history_BL.flatten()).unflatten(0, (-1, length))
+        tokens_BLA = videos_BLA + self.event(events_BLS) + self.gap(batch.history_gap_BL)
         key_BLA, value_BLA = tokens_BLA.split(self.width, dim=-1)
         value_BLA = nn.functional.silu(value_BLA)
         mask_BL = torch.arange(length, device=tokens_BLA.device) < batch.history_length_B[:, None]
         share_BL = mask_BL / batch.history_length_B.clamp(min=1)[:, None]
         taste_BA = torch.einsum("bl,bla->ba", share_BL.to(value_BLA.dtype), value_BLA)
-        query_NA = self.query(video_UF)[batch.candidate_N]
+        query_NA = self.query(video_UF).index_select(0, batch.candidate_N)
         place_N, most = _places(batch.owner_N, n_contexts)
         query_BMA = query_NA.new_zeros(n_contexts, most, self.width)
         query_BMA = query_BMA.index_put((batch.owner_N, place_N), query_NA)

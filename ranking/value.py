@@ -20,7 +20,7 @@ class Scores:
     probability_NT: np.ndarray
     """(N, T) float32, calibrated, slot and surface left out."""
     watch_ms_N: np.ndarray
-    """(N,) float32; zeros when the training log had no watch time."""
+    """(N,) float32, typical (not average) watch time; zeros when the training log had none."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -99,7 +99,8 @@ class WatchQuantiles:
         return out_N
 
     def watch_ms(self, quantile_N: np.ndarray, duration_ms_N: np.ndarray) -> np.ndarray:
-        """The inverse: (N,) float32 milliseconds."""
+        """The inverse: (N,) float32 milliseconds. At an expected quantile this is nearer to a median than to a mean:
+        watch times have a long tail, so it lies below their average."""
         out_N = np.zeros(len(quantile_N), np.float32)
         bucket_N = np.searchsorted(self.edges_ms, duration_ms_N, side="right")
         for k in np.unique(bucket_N):

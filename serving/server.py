@@ -34,6 +34,8 @@ from serving.trace import Deadline, DeadlineExpiredError
 
 _log = logging.getLogger(__name__)
 SERVICE = feed_pb2.DESCRIPTOR.services_by_name["FeedService"].full_name
+NO_CLIENT_DEADLINE_S = 1e9
+"""Without a client's deadline, gRPC gives some 9e15 s."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,7 +52,9 @@ class ServerConfig:
     max_in_flight: int = 64
     """Calls beyond this many are refused at once with RESOURCE_EXHAUSTED."""
     default_deadline_ms: float = 1_000.0
-    """For clients that set none; longer ones are cut to it."""
+    """For clients that set none."""
+    longest_deadline_ms: float = 10_000.0
+    """Longer ones are cut to it."""
     poll_s: float = 1.0
     """How often LIVE is looked at."""
     drain_notice_s: float = 1.0
@@ -103,8 +107,9 @@ class FeedServicer(feed_pb2_grpc.FeedServiceServicer):
     async def _compute(self, work: Callable[[Feed, Deadline], Any], context: Any) -> Any:
         """Run on a worker thread with one feed; the deadline counts from the call's arrival, queueing included."""
         remaining_s = context.time_remaining()
-        allowed_s = self._config.default_deadline_ms / 1000.0
-        deadline = Deadline.after(allowed_s if remaining_s is None else min(remaining_s, allowed_s))
+        if remaining_s is None or remaining_s > NO_CLIENT_DEADLINE_S:
+            remaining_s = self._config.default_deadline_ms / 1000.0
+        deadline = Deadline.after(min(remaining_s, self._config.longest_deadline_ms / 1000.0))
         try:
             return await asyncio.get_running_loop().run_in_executor(self._workers, work, self._live.feed, deadline)
         except Exception as error:

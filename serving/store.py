@@ -217,10 +217,10 @@ def _lock(path: Path) -> TextIO:
 
 
 def _insert(database: sqlite3.Connection, write: _Write) -> LogOutcome:
-    for request_id in {row.request_id for row in write.served}:
-        database.execute("DELETE FROM served WHERE request_id = ?", (request_id,))
+    for key in {(row.request_id, row.user_id) for row in write.served}:
+        database.execute("DELETE FROM served WHERE request_id = ? AND user_id = ?", key)
     database.executemany(
-        "INSERT INTO served VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+        "INSERT OR IGNORE INTO served VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
         [tuple(getattr(row, name) for name in ServedRow.__slots__) for row in write.served],
     )
     stored = merged = conflicting = 0

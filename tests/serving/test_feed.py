@@ -231,10 +231,10 @@ class Broken:
 
 
 def test_a_stage_that_cannot_end_in_time_is_skipped_and_the_answer_says_so(world, bundle):
-    feed = Feed(replace(bundle, ranker=Slow(bundle.ranker, 0.4)), NoStore())
+    feed = Feed(replace(bundle, ranker=Slow(bundle.ranker, 1.0)), NoStore())
     request = FeedRequest(user_id=int(bundle.users.ids[0]), now_ms=world.now_ms)
     assert feed.get_feed(request).level == Level.FULL
-    hurried = feed.get_feed(request, Deadline.after(0.3))
+    hurried = feed.get_feed(request, Deadline.after(0.9))
     assert (hurried.level, hurried.degraded_reason) == (Level.RETRIEVAL_ORDER, "no time left to rank")
     assert hurried.policy_id.endswith("/retrieval_order")
     assert len(hurried.items) == 10

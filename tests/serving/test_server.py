@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -28,7 +29,7 @@ from serving.messages import Event, Level, LogOutcome
 from serving.protos.reelrank.v1 import feed_pb2, feed_pb2_grpc
 from serving.server import SERVICE, FeedServer, ServerConfig, check_address, serve
 
-CONFIG = ServerConfig(port=0, poll_s=3600, drain_notice_s=0, drain_grace_s=2, default_deadline_ms=20_000)
+CONFIG = ServerConfig(port=0, poll_s=3600, drain_notice_s=0, drain_grace_s=2, longest_deadline_ms=30_000)
 
 
 @contextmanager
@@ -205,6 +206,29 @@ def test_a_live_pointer_moves_the_feed_and_a_bad_bundle_moves_nothing(world, tmp
         (registry.root / "LIVE").write_text("no such version\n")
         assert not server.live.poll()
         assert (version(), server.live.refusals) == ("v2", 2)
+
+
+def test_no_request_fails_or_mixes_versions_while_bundles_swap(world, tmp_path):
+    registry = Registry(shutil.copytree(world.registry, tmp_path / "registry"))
+    policies = {version: world.bundle(version).config.policy_id for version in ("v1", "v2")}
+    users, answers, stop = world.dataset.users.ids.tolist(), [], threading.Event()
+
+    def ask(address: str) -> None:
+        with FeedClient(address, timeout_s=20) as client:
+            while not stop.is_set():
+                answers.append(client.get_feed(users[len(answers) % len(users)], now_ms=world.now_ms))
+
+    with running(registry.root, tmp_path / "s.sqlite") as server, ThreadPoolExecutor(2) as clients:
+        asking = [clients.submit(ask, f"127.0.0.1:{server.port}") for _ in range(2)]
+        for version in ("v2", "v1", "v2", "v1"):
+            registry.set_live(version)
+            assert server.live.poll()
+        stop.set()
+        for one in asking:
+            one.result(timeout=30)
+    assert {answer.bundle_version for answer in answers} == {"v1", "v2"}
+    for answer in answers:
+        assert (answer.policy_id, len(answer.items)) == (policies[answer.bundle_version], 10)
 
 
 def test_a_bundle_that_answers_otherwise_than_when_published_is_refused(world, tmp_path):

@@ -21,8 +21,8 @@ def event(slot: int, *, request_id: str = "r1", ts_ms: int = T_MS, user_id: int 
     return Event(request_id=request_id, slot=slot, user_id=user_id, ts_ms=ts_ms, signals=signals, **fields)
 
 
-def served(slot: int, propensity: float, request_id: str = "r1") -> ServedRow:
-    return ServedRow(request_id, slot, USER, VIDEO + slot, T_MS - 5, "main", "ann", False, "p1", propensity, "v1")
+def served(slot: int, propensity: float, request_id: str = "r1", user_id: int = USER) -> ServedRow:
+    return ServedRow(request_id, slot, user_id, VIDEO + slot, T_MS - 5, "main", "ann", False, "p1", propensity, "v1")
 
 
 @pytest.fixture
@@ -115,3 +115,11 @@ def test_a_slate_served_again_under_its_request_id_replaces_the_first(store, tmp
     export_events(tmp_path / "log" / "events.sqlite", tmp_path / "out")
     rows = pq.read_table(tmp_path / "out" / "events").to_pylist()
     assert [row["propensity"] for row in rows] == [0.75, None]
+
+
+def test_nobody_overwrites_the_slate_of_another_user(store, tmp_path):
+    store.log_served([served(0, 0.25)])
+    store.log_served([served(0, 0.9, user_id=USER + 1)])
+    log(store, event(0))
+    export_events(tmp_path / "log" / "events.sqlite", tmp_path / "out")
+    assert pq.read_table(tmp_path / "out" / "events")["propensity"].to_pylist() == [0.25]

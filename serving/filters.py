@@ -56,7 +56,7 @@ class Rules:
         removed["blocked_author"] = _clear(allowed_V, bundle.uploads.of(self.blocked_authors))
         return allowed_V, {reason: count for reason, count in removed.items() if count}
 
-    def broken(self, rows_K: np.ndarray, from_unconnected: bool) -> dict[str, np.ndarray]:
+    def broken(self, rows_K: np.ndarray, unconnected_K: np.ndarray) -> dict[str, np.ndarray]:
         """The same rules asked of single videos: a mask (K,) a reason, True where the rule is broken."""
         bundle, author_K = self.bundle, self.bundle.author_id[rows_K]
         upload_K = bundle.upload_ts_ms[rows_K]
@@ -67,7 +67,7 @@ class Rules:
             "excluded": np.isin(rows_K, self.excluded_rows),
             "own": (author_K == self.query.user_id) & (author_K != 0),
             "blocked_author": np.isin(author_K, self.blocked_authors),
-            "followed_in_unconnected": from_unconnected & np.isin(author_K, self.query.followed_authors),
+            "followed_in_unconnected": unconnected_K & np.isin(author_K, self.query.followed_authors),
         }
         if self.oldest_ms is not None:
             masks["too_old"] = (upload_K >= 0) & (upload_K < self.oldest_ms)

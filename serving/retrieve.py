@@ -6,6 +6,7 @@ rules themselves, so that a source that breaks its promise loses candidates and 
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 
 import numpy as np
@@ -16,6 +17,8 @@ from serving.bundle import FeedBundle
 from serving.filters import Rules
 from serving.hydrate import Query, model_inputs
 from serving.trace import Counts
+
+_log = logging.getLogger(__name__)
 
 
 def retrieve_pool(bundle: FeedBundle, query: Query, rules: Rules, allowed_V: np.ndarray, k: int, stage: Counts) -> Pool:
@@ -52,22 +55,29 @@ def _checked(
     stage: Counts,
     n_allowed: int,
 ) -> Pool:
-    """Drop what breaks a rule, then blend."""
-    stage.received = n_allowed
-    kept = {}
-    for name, found in retrieved.items():
-        good_K = np.ones(len(found.rows), bool)
-        for reason, broken_K in rules.broken(found.rows, name == AnnSource.name).items():
-            if broken_K.any():
-                stage.removed[f"{name}:{reason}"] = int((good_K & broken_K).sum())
-                good_K &= ~broken_K
-        kept[name] = Retrieved(found.rows[good_K], found.scores[good_K])
-    pool = blend(
-        kept,
-        author_id=bundle.author_id,
-        followed_authors=query.followed_authors,
-        config=replace(bundle.config.blend, k=k),
-    )
-    stage.kept = len(pool.rows_K)
+    """Blend, then drop what breaks a rule: with honest sources, nothing."""
+    config = replace(bundle.config.blend, k=k)
+    pool = blend(retrieved, author_id=bundle.author_id, followed_authors=query.followed_authors, config=config)
+    good_K = np.ones(len(pool), bool)
+    from_ann_K = np.array(pool.sources)[pool.source_K] == AnnSource.name
+    for reason, broken_K in rules.broken(pool.rows_K, from_ann_K).items():
+        if broken_K.any():
+            stage.removed[reason] = int((good_K & broken_K).sum())
+            good_K &= ~broken_K
+    if not good_K.all():
+        _log.error("a source returned videos it was told not to: %s", stage.removed)
+        pool = _take(pool, good_K)
+    stage.received, stage.kept = n_allowed, len(pool)
     stage.removed["not_retrieved"] = stage.received - stage.kept - sum(stage.removed.values())
     return pool
+
+
+def _take(pool: Pool, good_K: np.ndarray) -> Pool:
+    return replace(
+        pool,
+        rows_K=pool.rows_K[good_K],
+        source_K=pool.source_K[good_K],
+        score_K=pool.score_K[good_K],
+        found_by_KS=pool.found_by_KS[good_K],
+        connected_K=pool.connected_K[good_K],
+    )

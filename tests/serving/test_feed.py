@@ -8,6 +8,7 @@ from dataclasses import fields, replace
 import numpy as np
 import pytest
 
+from candidate_gen.sources import Retrieved
 from features.inputs import Inputs
 from serving.bundle import FeedBundle
 from serving.config import FeedConfig, FilterConfig
@@ -142,6 +143,27 @@ def test_no_rule_is_ever_broken_over_many_random_requests(world, bundle, store, 
         for stage in response.stages:
             assert stage.received - stage.kept == sum(stage.removed.values()), stage
     assert full > 50
+
+
+def test_a_source_that_ignores_the_filter_loses_its_candidates(world, bundle):
+    class Lying:
+        name = "ann"
+
+        def retrieve(self, query, k):
+            rows = np.arange(1, len(query.allowed))
+            return Retrieved(rows, np.ones(len(rows), np.float32))
+
+    feed = Feed(replace(bundle, sources=(Lying(),)), NoStore())
+    user, blocked = int(bundle.users.ids[0]), np.unique(bundle.author_id[1:])[12:20]
+    response = feed.get_feed(FeedRequest(user_id=user, k=100, blocked_author_ids=blocked, now_ms=world.now_ms))
+    rows = bundle.videos.rows_of(np.array([item.video_id for item in response.items]))
+    query = hydrate(bundle, NOTHING_KNOWN, user_id=user, now_ms=world.now_ms, surface="main")
+    assert len(rows) > 10
+    assert bundle.eligible[rows].all()
+    assert not np.isin(rows, query.seen_rows).any()
+    assert not np.isin(bundle.author_id[rows], [*blocked, *query.followed_authors, user]).any()
+    removed = {stage.name: stage.removed for stage in response.stages}["retrieve"]
+    assert {"ineligible", "seen", "blocked_author", "followed_in_unconnected"} <= removed.keys()
 
 
 def test_nothing_left_to_show_is_an_empty_feed_with_its_reason(world, bundle):

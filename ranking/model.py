@@ -24,6 +24,8 @@ from features.history import GAP_BUCKETS
 from features.schema import SIGNALS
 from ranking.loss import quantile_loss, task_losses
 
+START_SHARPNESS = 4.0
+"""Attention's scale at the start, shared out over the heads by their widths; learnt from there."""
 HISTORY_WIDTH = len(SIGNALS) + 1
 """What is known of one history event besides its video: the signals, and the share that was watched."""
 
@@ -228,6 +230,11 @@ class HistoryAttention(nn.Module):
         self.event = nn.Linear(HISTORY_WIDTH, 2 * self.width, bias=False)
         self.gap = nn.Embedding(GAP_BUCKETS, 2 * self.width)
         nn.init.normal_(self.gap.weight, std=0.02)
+        self.sharpness = nn.Parameter(torch.full((self.heads,), START_SHARPNESS))
+        # Keys start equal to queries, so attention starts as "what became of videos like this one".
+        nn.init.normal_(self.query.weight, std=self.width**-0.5)
+        with torch.no_grad():
+            self.key_value.weight[: self.width].copy_(self.query.weight)
 
     def forward(self, video_UF: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """Attended history of each candidate (N, A), and the plain mean of each context's values (B, A)."""
@@ -254,7 +261,7 @@ class HistoryAttention(nn.Module):
         def by_head(x_BXA: torch.Tensor) -> torch.Tensor:
             return x_BXA.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
-        scores_BHML = by_head(query_BMA) @ by_head(key_BLA).transpose(-1, -2) * (self.width / self.heads) ** -0.5
+        scores_BHML = by_head(query_BMA) @ by_head(key_BLA).transpose(-1, -2) * self.sharpness[:, None, None]
         scores_BHML = scores_BHML.masked_fill(~mask_BL[:, None, None, :], -1e9)
         weights_BHML = scores_BHML.softmax(-1) * mask_BL[:, None, None, :]
         return (weights_BHML @ by_head(value_BLA)).transpose(1, 2).flatten(2)

@@ -97,21 +97,30 @@ class Dataset:
         wanted = [self.dates.index(date) for date in dates]
         return np.flatnonzero(np.isin(self.examples.day, wanted))
 
-    def inputs(self, rows_B: np.ndarray, *, extra_rows_X: np.ndarray | None = None, with_slot: bool = True) -> Inputs:
-        """One context and one candidate an example; `with_slot=False` hides the slot, as serving does."""
+    def inputs(
+        self,
+        rows_B: np.ndarray,
+        *,
+        extra_rows_X: np.ndarray | None = None,
+        with_slot: bool = True,
+        counters_day: int | None = None,
+    ) -> Inputs:
+        """One context and one candidate an example. `with_slot=False` hides the slot, as serving does;
+        `counters_day` holds the counters at that day's view, as a bundle does that was made on the day before."""
         e = self.examples
+        day = e.day[rows_B] if counters_day is None else np.minimum(e.day[rows_B], counters_day)
         video_row = e.video_row[rows_B]
         slots = e.slot[rows_B] if with_slot else np.zeros(len(rows_B), np.int64)
         return assemble(
             user=UserRows.take(self.users, e.user_row[rows_B]),
-            user_counters_BC=self.counters.user(e.day[rows_B], e.user_row[rows_B]),
+            user_counters_BC=self.counters.user(day, e.user_row[rows_B]),
             surface_B=e.surface[rows_B],
             now_ms_B=e.ts_ms[rows_B],
             history=self.history.windows(e.user_row[rows_B], e.history_end[rows_B], self.encoder.spec.history_length),
             videos=self.videos,
             candidate_rows_N=video_row,
             owner_N=np.arange(len(rows_B)),
-            candidate_counters_NC=self.counters.video(e.day[rows_B], video_row),
+            candidate_counters_NC=self.counters.video(day, video_row),
             candidate_upload_ts_ms_N=self.upload_ts_ms[video_row],
             slot_N=slots,
             extra_rows_X=extra_rows_X,

@@ -6,7 +6,7 @@ or replay answered, and the answer is no.
 
 from __future__ import annotations
 
-import os
+import logging
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -151,7 +151,12 @@ def serve(
     from serving.server import ServerConfig
     from serving.server import serve as serve_forever
 
-    serve_forever(registry, store, ServerConfig(host=host, port=port, insecure_public=insecure_public))
+    serve_forever(
+        registry,
+        store,
+        ServerConfig(host=host, port=port, insecure_public=insecure_public),
+        on_ready=lambda address, version: print(f"serving on {address} (bundle {version})", flush=True),
+    )
 
 
 @app.command()
@@ -237,7 +242,7 @@ def doctor() -> None:
 
 def main() -> None:
     """Entry point: turns expected failures into one clear message and an exit code."""
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)  # a warning that importing torchrec causes
     try:
         app()
     except Exception as error:

@@ -10,6 +10,15 @@ from dataclasses import dataclass, field
 
 from rich.console import Console
 
+FILE_WIDTH = 140
+"""Columns of what is printed to a file or a pipe, so that tables keep their ids whole."""
+
+
+def output() -> Console:
+    """Where results go: standard output, wide enough for tables when it is no terminal."""
+    return Console(highlight=False, width=None if sys.stdout.isatty() else FILE_WIDTH)
+
+
 REFRESH_S = 10.0
 """Without a terminal, progress is printed this often instead of rewriting a line."""
 

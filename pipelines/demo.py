@@ -5,10 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-from rich.console import Console
 
 from pipelines.adapters.canonical import CanonicalAdapter
-from pipelines.console import Stages
+from pipelines.console import Stages, output
 from pipelines.recipes import recipe
 from pipelines.replay import print_report, replay
 from pipelines.replay_bundle import factories
@@ -54,4 +53,4 @@ def run_demo(scale: str, out: Path) -> None:
     record["replay"] = report.to_dict()
     record["stages"] = shown.records()
     finish(ws, record)
-    print_report(report, Console(highlight=False))
+    print_report(report, output())

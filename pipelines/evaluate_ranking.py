@@ -34,10 +34,12 @@ MIN_POSITIVES = 20
 def score_examples(
     dataset: Dataset, ranker: Ranker, rows_N: np.ndarray, on_progress: Callable[[int], None] | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(probabilities (N, T), watch_ms (N,)) as serving would score each impression."""
+    """(probabilities (N, T), watch_ms (N,)) as a bundle made before the first of these days would score each row:
+    its histories follow the user, its counters stand still."""
+    counters_day = int(dataset.examples.day[rows_N].min())
     probabilities, watch = [], []
     for start in range(0, len(rows_N), CHUNK):
-        scores = ranker.score(dataset.inputs(rows_N[start : start + CHUNK], with_slot=False))
+        scores = ranker.score(dataset.inputs(rows_N[start : start + CHUNK], with_slot=False, counters_day=counters_day))
         probabilities.append(scores.probability_NT)
         watch.append(scores.watch_ms_N)
         if on_progress:

@@ -8,7 +8,7 @@ Every method ranks the same corpus: eligible videos, less what the user has seen
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 
@@ -29,6 +29,7 @@ class Queries:
     user_row_Q: np.ndarray
     ts_ms_Q: np.ndarray
     day_Q: np.ndarray
+    surface_Q: np.ndarray
     relevant: list[np.ndarray]
     """Video rows of the day's positives, distinct."""
     seen: list[np.ndarray]
@@ -53,7 +54,7 @@ def make_queries(
         picked = np.arange(len(starts))
     ends = np.r_[starts[1:], len(order)]
     positive = e.signals[:, SIGNALS.index(signal)] == 1
-    user, ts_ms, day, relevant, seen = [], [], [], [], []
+    asked, relevant, seen = [], [], []
     for i in picked:
         group = order[starts[i] : ends[i]]
         first = group[0]
@@ -62,12 +63,11 @@ def make_queries(
         wanted = np.setdiff1d(e.video_row[group[positive[group]]], before)
         wanted = wanted[dataset.eligible[wanted]]
         if wanted.size:
-            user.append(e.user_row[first])
-            ts_ms.append(e.ts_ms[first])
-            day.append(e.day[first])
+            asked.append(first)
             relevant.append(wanted)
             seen.append(before)
-    return Queries(np.array(user), np.array(ts_ms), np.array(day), relevant, seen)
+    at = np.array(asked, dtype=np.int64)
+    return Queries(e.user_row[at], e.ts_ms[at], e.day[at], e.surface[at], relevant, seen)
 
 
 def query_inputs(dataset: Dataset, queries: Queries, at: np.ndarray) -> Inputs:
@@ -76,8 +76,8 @@ def query_inputs(dataset: Dataset, queries: Queries, at: np.ndarray) -> Inputs:
     none = np.zeros(0, np.int64)
     return assemble(
         user=UserRows.take(dataset.users, user_row),
-        user_counters_BC=dataset.counters.user(queries.day_Q[at], user_row),
-        surface_B=np.zeros(len(at), np.int64),
+        user_counters_BC=dataset.counters.user(np.full(len(at), queries.day_Q.min()), user_row),
+        surface_B=queries.surface_Q[at],
         now_ms_B=ts_ms,
         history=dataset.history.windows(
             user_row, dataset.history.ends_at(user_row, ts_ms), dataset.encoder.spec.history_length
@@ -188,6 +188,4 @@ def _row(name: str, top_QK: np.ndarray, queries: Queries, ks: Sequence[int], cat
 
 
 def _first(queries: Queries, n: int) -> Queries:
-    return Queries(
-        queries.user_row_Q[:n], queries.ts_ms_Q[:n], queries.day_Q[:n], queries.relevant[:n], queries.seen[:n]
-    )
+    return Queries(**{f.name: getattr(queries, f.name)[:n] for f in fields(Queries)})

@@ -15,6 +15,7 @@ import psutil
 
 from pipelines import stages
 from pipelines.adapters import Adapter
+from pipelines.cluster import ClusterConfig, cluster
 from pipelines.console import Stages
 from pipelines.gate import to_rows
 from pipelines.workspace import Workspace
@@ -26,12 +27,13 @@ def run(
     ws: Workspace, adapter: Adapter, shown: Stages, *, force: bool = False, oracle: stages.Oracle | None = None
 ) -> dict:
     """Every stage in order; returns (and writes to `run.json`) what the report shows."""
-    with shown.stage("ingest") as stage:
-        stages.ingest(ws, adapter, stage)
-    with shown.stage("examples") as stage:
-        stages.examples(ws, stage)
-    with shown.stage("train") as stage:
-        stages.train_models(ws, stage)
+    with cluster(ClusterConfig()):  # one Ray for both: starting it takes seconds
+        with shown.stage("ingest") as stage:
+            stages.ingest(ws, adapter, stage)
+        with shown.stage("examples") as stage:
+            stages.examples(ws, stage)
+        with shown.stage("train") as stage:
+            stages.train_models(ws, stage)
     with shown.stage("embed and index") as stage:
         stages.index(ws, stage)
     with shown.stage("evaluate") as stage:

@@ -11,10 +11,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from pipelines.console import Stages
+from pipelines.console import Stages, output
 from pipelines.ingest import load_table
 from pipelines.report import write_report
 from pipelines.run import save
@@ -76,12 +77,12 @@ def print_feed(address: str, user_id: int, k: int, surface: str) -> None:
     """Fetch one feed from a running server and print it; tags are not on the wire."""
     with FeedClient(address) as client:
         feed = client.get_feed(user_id, k=k, surface=surface, timeout_s=10.0)
-    Console(highlight=False).print(_feed_table(_feed_record(user_id, feed, {})))
+    output().print(_feed_table(_feed_record(user_id, feed, {})))
 
 
 def finish(ws: Workspace, record: dict) -> None:
     """Print feeds and figures, write `run.json` and the report."""
-    console = Console(highlight=False)
+    console = output()
     for feed in record.get("feeds", []):
         console.print(_feed_table(feed))
     print_metrics(record, console)
@@ -94,7 +95,7 @@ def finish(ws: Workspace, record: dict) -> None:
 
 def print_metrics(record: dict, console: Console | None = None) -> None:
     """Tables of retrieval and ranking; takes `run.json` or `metrics.json`."""
-    console = console or Console(highlight=False)
+    console = console or output()
     rows = record["retrieval"]["rows"] if isinstance(record["retrieval"], dict) else record["retrieval"]
     console.print(_table("Retrieval on days never trained on", rows))
     console.print(_table("Ranking on days never trained on", record["ranking"], skip=("calibration_two_se",)))
@@ -102,7 +103,7 @@ def print_metrics(record: dict, console: Console | None = None) -> None:
 
 
 def _table(title: str, rows: list[dict], skip: tuple[str, ...] = ()) -> Table:
-    table = Table(title=title, title_justify="left", title_style="bold")
+    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
     names = [name for name in dict.fromkeys(name for row in rows for name in row) if name not in skip]
     for name in names:
         table.add_column(name, justify="left" if name in ("name", "task") else "right")
@@ -121,7 +122,7 @@ def _cell(value: object) -> str:
 
 def _feed_table(feed: dict) -> Table:
     who = f"user {feed['user_id']}" + (" (unknown: a cold start)" if feed["cold"] else "")
-    table = Table(title=f"Feed of {who}", title_justify="left", title_style="bold")
+    table = Table(title=f"Feed of {who}", title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
     for name in ("slot", "video", "author", "tags", "length", "why", "p(long view)", "value", "propensity"):
         table.add_column(name, justify="right" if name in ("slot", "length", "value", "propensity") else "left")
     for item in feed["items"]:

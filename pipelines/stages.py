@@ -273,7 +273,7 @@ def _frame(table) -> pl.DataFrame:
 def _tell(stage: Stage) -> Callable[[Progress], None]:
     def tell(p: Progress) -> None:
         stage.progress(
-            f"epoch {p.epoch + 1}/{p.epochs} step {p.step}/{p.steps} loss {p.loss:.4f} "
+            f"{p.name}, epoch {p.epoch + 1}/{p.epochs}, step {p.step}/{p.steps} loss {p.loss:.4f} "
             f"{p.samples_per_s:,.0f} samples/s, {p.eta_s:.0f} s left"
         )
 

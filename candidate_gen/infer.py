@@ -1,6 +1,7 @@
 """The frozen towers: float32, eager, read-only and therefore safe to call from many threads.
 
-n videos, B users, D width. The vectors come from the very modules that were trained.
+n videos, B users, D width of the vectors, E = D - 2 of the towers, C features of (video, instant). The vectors come
+from the very modules that were trained.
 """
 
 from __future__ import annotations
@@ -40,15 +41,23 @@ class Towers:
             raise ValueError(f"{path} does not fit towers.json beside it: {error}; export the towers again") from error
         return cls(model)
 
-    def video_vectors(self, videos: Entities, rows: np.ndarray) -> np.ndarray:
-        """(n, D) float32, L2-normalised; call it chunk by chunk for a large catalogue."""
+    def video_vectors(self, videos: Entities, rows: np.ndarray, candidate_dense_NC: np.ndarray) -> np.ndarray:
+        """(n, D) float32, L2-normalised, as of the instant that `candidate_dense_NC` (`train.features_at`) describes;
+        call it chunk by chunk for a large catalogue."""
         self._check(videos.columns, self._model.sizes.video_tables, "video")
+        wanted = (len(rows), self._model.sizes.candidate_dense)
+        if candidate_dense_NC.shape != wanted:
+            raise ValueError(
+                f"candidate_dense_NC has shape {candidate_dense_NC.shape}, these towers want {wanted}: "
+                "one row a video, counters and age as candidate_gen.train.features_at gives them"
+            )
         if len(rows) == 0:
             return np.zeros((0, self.dim), np.float32)
         sparse_NW, dense_ND = np.asarray(videos.sparse[rows]), np.asarray(videos.dense[rows])
         with torch.inference_mode():
-            vector_ND = self._model.encode_videos(to_kjt(sparse_NW, videos.columns), torch.from_numpy(dense_ND))
-            return functional.normalize(vector_ND, dim=-1).numpy()
+            vector_NE = self._model.encode_videos(to_kjt(sparse_NW, videos.columns), torch.from_numpy(dense_ND))
+            prior_N = self._model.prior(torch.from_numpy(np.ascontiguousarray(candidate_dense_NC, np.float32)))
+            return self._model.place_videos(functional.normalize(vector_NE, dim=-1), prior_N).numpy()
 
     def user_vectors(self, inputs: Inputs) -> np.ndarray:
         """(B, D) float32, L2-normalised: each user after the last event of the history, at the request's time."""
@@ -61,8 +70,9 @@ class Towers:
         owner_B, position_B = torch.arange(n), batch.history_length_B
         gap_B = batch.history_gap_BL[owner_B, (position_B - 1).clamp(min=0)]
         with torch.inference_mode():
-            video_UD = self._model.encode_videos(batch.video, batch.video_dense_UD)
-            return self._model.encode_users(batch, video_UD, owner_B, position_B, batch.surface_B, gap_B).numpy()
+            video_UE = self._model.encode_videos(batch.video, batch.video_dense_UD)
+            user_BE = self._model.encode_users(batch, video_UE, owner_B, position_B, batch.surface_B, gap_B)
+            return self._model.place_users(user_BE).numpy()
 
     def _check(self, columns: SparseColumns, tables: tuple[tuple[str, int], ...], side: str) -> None:
         found = tuple(zip(columns.names, columns.table_rows, strict=True))

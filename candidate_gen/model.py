@@ -1,11 +1,16 @@
 """Two towers: a video's features become one vector, a user's features and history another; their dot product ranks.
 
-B users, L history, U distinct videos of the batch, N positions that want a user vector, D width of the vectors,
-F joined embeddings. Position p of a history has seen its first p events, so 0 is the user without any.
+Affinity is the cosine of both. What holds for every user alike, a video's age and how it did lately, is a scalar beside
+it, the prior: score(user, video, instant) = cosine + prior. Both become one inner product of unit vectors (`place_*`).
+
+B users, L history, U distinct videos of the batch, N positions that want a user vector, M (video, instant) pairs with
+C features, E width of the towers, D = E + 2 width of the vectors, F joined embeddings. Position p of a history has seen
+its first p events, so 0 is the user without any.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +24,7 @@ from candidate_gen.loss import sampled_softmax
 from features.batch import Batch
 from features.dataset import Dataset
 from features.history import GAP_BUCKETS
+from features.inputs import AGE_WIDTH
 from features.schema import SIGNALS
 from features.spec import Categorical
 
@@ -28,7 +34,7 @@ class TowerConfig:
     """Architecture, loss and sampling of the towers."""
 
     dim: int = 64
-    """Width of both towers' output; vectors are L2-normalised."""
+    """Width of the vectors that are indexed and searched; two of it carry the prior, the rest the towers' output."""
     embedding_dim: int = 32
     """Width of every embedding table; TorchRec's CPU kernels want a multiple of 4."""
     hidden: int = 256
@@ -42,6 +48,10 @@ class TowerConfig:
     """Share of ids (of video and user) that each training step treats as unknown, so that content alone must do."""
     temperature: float = 0.05
     """Cosines are divided by this before the softmax."""
+    prior_bound: float = 0.5
+    """The prior lies between minus and plus this, beside cosines between -1 and 1."""
+    prior_hidden: int = 32
+    """Width of the hidden layer in the prior's MLP."""
     positives: tuple[str, ...] = ("long_view",)
     """An impression with any of these signals is something to retrieve."""
     uniform_negatives: int = 512
@@ -59,8 +69,15 @@ class TowerConfig:
             raise ValueError("TowerConfig.positives is empty: name at least one signal to retrieve by")
         if self.uniform_negatives < 1 and not self.in_batch_negatives:
             raise ValueError("TowerConfig: no negatives; set uniform_negatives above 0 or in_batch_negatives")
-        if self.dim % self.heads:
-            raise ValueError(f"TowerConfig.dim {self.dim} is not a multiple of heads {self.heads}")
+        if self.inner_dim < 1 or self.inner_dim % self.heads:
+            raise ValueError(f"TowerConfig.dim {self.dim} less 2 is not a multiple of heads {self.heads}")
+        if self.prior_bound <= 0:
+            raise ValueError(f"TowerConfig.prior_bound is {self.prior_bound}, it must be above 0")
+
+    @property
+    def inner_dim(self) -> int:
+        """E: width of the towers' output."""
+        return self.dim - 2
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -75,6 +92,8 @@ class TowerSizes:
     user_dense: int
     """Leading dense columns of a user that are read; the counters behind them are of one day, a window spans many."""
     video_dense: int
+    candidate_dense: int
+    """Features of (video, instant) that the prior reads: counters and age."""
     surface_rows: int
     history_length: int
 
@@ -90,6 +109,7 @@ class TowerSizes:
             id_features=tuple(f.name for f in known_only if f.known_only),
             user_dense=encoder.dense_width("user"),
             video_dense=encoder.dense_width("video"),
+            candidate_dense=dataset.counters.video_day[0].shape[1] + AGE_WIDTH,
             surface_rows=encoder.spec.surface_rows,
             history_length=encoder.spec.history_length,
         )
@@ -105,28 +125,33 @@ class TowersModel(nn.Module):
         self.video_ebc = _embeddings(sizes.video_tables, config.embedding_dim)
         self.user_features = JoinedFeatures(sizes.user_tables, sizes.id_features, sizes.user_dense, config)
         self.video_features = JoinedFeatures(sizes.video_tables, sizes.id_features, sizes.video_dense, config)
-        self.video_mlp = _mlp(self.video_features.width, config.hidden, config.dim)
+        self.video_mlp = _mlp(self.video_features.width, config.hidden, config.inner_dim)
+        self.prior_mlp = _mlp(sizes.candidate_dense, config.prior_hidden, 1)
         self.history = HistoryEncoder(config, sizes.history_length)
         self.surface = nn.Embedding(sizes.surface_rows, config.embedding_dim)
         self.gap = nn.Embedding(GAP_BUCKETS, config.embedding_dim)
         for table in (self.surface, self.gap):
             nn.init.normal_(table.weight, std=0.02)
-        query_width = config.dim + self.user_features.width + 2 * config.embedding_dim
-        self.user_mlp = _mlp(query_width, config.hidden, config.dim)
+        query_width = config.inner_dim + self.user_features.width + 2 * config.embedding_dim
+        self.user_mlp = _mlp(query_width, config.hidden, config.inner_dim)
 
     def forward(self, batch: Batch, targets: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """`targets`: for each candidate its history position, surface and gap, and log expected draws as a negative."""
-        video_UD = self.encode_videos(batch.video, batch.video_dense_UD)
-        user_ND = self.encode_users(
-            batch, video_UD, batch.owner_N, targets["position_N"], targets["surface_N"], targets["gap_N"]
+        """`targets`: for each candidate its history position, surface and gap; for each sampled negative (`_X`) its
+        features at the instant it was drawn for; and for both the log of how often they are drawn as negatives."""
+        video_UE = self.encode_videos(batch.video, batch.video_dense_UD)
+        user_NE = self.encode_users(
+            batch, video_UE, batch.owner_N, targets["position_N"], targets["surface_N"], targets["gap_N"]
         )
-        unit_UD = functional.normalize(video_UD, dim=-1)
+        unit_UE = functional.normalize(video_UE, dim=-1)
+        prior_M = self.prior(torch.cat([batch.candidate_dense_NC, targets["extra_dense_XC"]]))
         return sampled_softmax(
-            user_ND,
-            unit_UD,
+            user_NE,
+            unit_UE,
             positive_N=batch.candidate_N,
             owner_N=batch.owner_N,
             uniform_X=batch.extra_X,
+            prior_N=prior_M[: len(batch.candidate_N)],
+            prior_X=prior_M[len(batch.candidate_N) :],
             log_draws_N=targets["log_draws_N"],
             log_draws_X=targets["log_draws_X"],
             temperature=self.config.temperature,
@@ -135,27 +160,43 @@ class TowersModel(nn.Module):
         )
 
     def encode_videos(self, video: KeyedJaggedTensor, dense_UD: torch.Tensor) -> torch.Tensor:
-        """(U, D) before normalisation: what the history reads, and what normalised is the video's vector."""
+        """(U, E) before normalisation: what the history reads, and what normalised is the video's direction."""
         return self.video_mlp(self.video_features(self.video_ebc(video), video, dense_UD))
+
+    def prior(self, candidate_dense_MC: torch.Tensor) -> torch.Tensor:
+        """(M,) in -prior_bound .. prior_bound: what a video's age and counters say of it, whoever asks."""
+        return self.config.prior_bound * torch.tanh(self.prior_mlp(candidate_dense_MC).squeeze(-1))
+
+    def place_videos(self, unit_ME: torch.Tensor, prior_M: torch.Tensor) -> torch.Tensor:
+        """(M, D) unit vectors (v, prior, c) / sqrt(1 + bound^2); c makes up what the prior lacks in length."""
+        bound = self.config.prior_bound
+        slack_M = (bound**2 - prior_M**2).clamp(min=0).sqrt()
+        placed_MD = torch.cat([unit_ME, prior_M.unsqueeze(1), slack_M.unsqueeze(1)], dim=1)
+        return placed_MD / math.sqrt(1 + bound**2)
+
+    def place_users(self, unit_NE: torch.Tensor) -> torch.Tensor:
+        """(N, D) unit vectors (u, 1, 0) / sqrt(2): their products with placed videos order as cosine + prior do."""
+        one_N1 = torch.ones_like(unit_NE[:, :1])
+        return torch.cat([unit_NE, one_N1, torch.zeros_like(one_N1)], dim=1) / math.sqrt(2)
 
     def encode_users(
         self,
         batch: Batch,
-        video_UD: torch.Tensor,
+        video_UE: torch.Tensor,
         owner_N: torch.Tensor,
         position_N: torch.Tensor,
         surface_N: torch.Tensor,
         gap_N: torch.Tensor,
     ) -> torch.Tensor:
-        """(N, D) normalised: user `owner` after `position` events, asking on a surface, a gap after the last event."""
+        """(N, E) normalised: user `owner` after `position` events, asking on a surface, a gap after the last event."""
         user_BF = self.user_features(self.user_ebc(batch.user), batch.user, batch.user_dense_BD)
-        state_BPD = self.history(video_UD[batch.history_BL], batch.history_signals_BLS, batch.history_watch_BL)
-        state_ND = state_BPD[owner_N, position_N]
+        state_BPE = self.history(video_UE[batch.history_BL], batch.history_signals_BLS, batch.history_watch_BL)
+        state_NE = state_BPE[owner_N, position_N]
         if self.training:  # row 0, "no surface", must be of use to whoever asks without one
             keep_N = torch.rand(len(surface_N), device=surface_N.device) >= self.config.id_dropout
             surface_N = surface_N * keep_N
-        query_NQ = torch.cat([state_ND, user_BF[owner_N], self.surface(surface_N), self.gap(gap_N)], dim=-1)
-        return functional.normalize(state_ND + self.user_mlp(query_NQ), dim=-1)
+        query_NQ = torch.cat([state_NE, user_BF[owner_N], self.surface(surface_N), self.gap(gap_N)], dim=-1)
+        return functional.normalize(state_NE + self.user_mlp(query_NQ), dim=-1)
 
 
 class JoinedFeatures(nn.Module):
@@ -198,21 +239,21 @@ class HistoryEncoder(nn.Module):
 
     def __init__(self, config: TowerConfig, history_length: int) -> None:
         super().__init__()
-        self.start_D = nn.Parameter(torch.randn(config.dim) * 0.02)
-        self.video = nn.Linear(config.dim, config.dim)
-        self.feedback = nn.Linear(len(SIGNALS) + 1, config.dim)
+        self.start_E = nn.Parameter(torch.randn(config.inner_dim) * 0.02)
+        self.video = nn.Linear(config.inner_dim, config.inner_dim)
+        self.feedback = nn.Linear(len(SIGNALS) + 1, config.inner_dim)
         self.layers = nn.ModuleList(CausalLayer(config, history_length + 1) for _ in range(config.layers))
-        self.norm = nn.LayerNorm(config.dim)
+        self.norm = nn.LayerNorm(config.inner_dim)
 
-    def forward(self, video_BLD: torch.Tensor, signals_BLS: torch.Tensor, watch_BL: torch.Tensor) -> torch.Tensor:
-        """(B, L + 1, D). Padding stands behind the last event, where no state that is read can see it."""
-        feedback_BLD = self.feedback(torch.cat([signals_BLS, watch_BL.unsqueeze(-1)], dim=-1))
-        event_BLD = self.video(video_BLD) + feedback_BLD
-        start_B1D = self.start_D.expand(len(event_BLD), 1, -1)
-        state_BPD = torch.cat([start_B1D, event_BLD], dim=1)
+    def forward(self, video_BLE: torch.Tensor, signals_BLS: torch.Tensor, watch_BL: torch.Tensor) -> torch.Tensor:
+        """(B, L + 1, E). Padding stands behind the last event, where no state that is read can see it."""
+        feedback_BLE = self.feedback(torch.cat([signals_BLS, watch_BL.unsqueeze(-1)], dim=-1))
+        event_BLE = self.video(video_BLE) + feedback_BLE
+        start_B1E = self.start_E.expand(len(event_BLE), 1, -1)
+        state_BPE = torch.cat([start_B1E, event_BLE], dim=1)
         for layer in self.layers:
-            state_BPD = layer(state_BPD)
-        return self.norm(state_BPD)
+            state_BPE = layer(state_BPE)
+        return self.norm(state_BPE)
 
 
 class CausalLayer(nn.Module):
@@ -222,25 +263,25 @@ class CausalLayer(nn.Module):
     def __init__(self, config: TowerConfig, positions: int) -> None:
         super().__init__()
         self.heads, self.dropout = config.heads, config.dropout
-        self.attention_norm, self.mlp_norm = nn.LayerNorm(config.dim), nn.LayerNorm(config.dim)
-        self.query_key_value = nn.Linear(config.dim, 3 * config.dim)
-        self.out = nn.Linear(config.dim, config.dim)
-        self.mlp = _mlp(config.dim, 2 * config.dim, config.dim)
+        self.attention_norm, self.mlp_norm = nn.LayerNorm(config.inner_dim), nn.LayerNorm(config.inner_dim)
+        self.query_key_value = nn.Linear(config.inner_dim, 3 * config.inner_dim)
+        self.out = nn.Linear(config.inner_dim, config.inner_dim)
+        self.mlp = _mlp(config.inner_dim, 2 * config.inner_dim, config.inner_dim)
         self.bias_HP = nn.Parameter(torch.zeros(config.heads, positions))
         """Attention bias by head and distance."""
 
-    def forward(self, state_BPD: torch.Tensor) -> torch.Tensor:
-        n, positions, dim = state_BPD.shape
-        split = self.query_key_value(self.attention_norm(state_BPD)).view(n, positions, 3, self.heads, -1)
+    def forward(self, state_BPE: torch.Tensor) -> torch.Tensor:
+        n, positions, dim = state_BPE.shape
+        split = self.query_key_value(self.attention_norm(state_BPE)).view(n, positions, 3, self.heads, -1)
         query, key, value = split.permute(2, 0, 3, 1, 4)
-        at_P = torch.arange(positions, device=state_BPD.device)
+        at_P = torch.arange(positions, device=state_BPE.device)
         distance_PP = at_P[:, None] - at_P[None, :]
         bias_HPP = self.bias_HP[:, distance_PP.clamp(min=0)].masked_fill(distance_PP < 0, float("-inf"))
         drop = self.dropout if self.training else 0.0
         seen = functional.scaled_dot_product_attention(query, key, value, attn_mask=bias_HPP)
         seen_BPD = seen.transpose(1, 2).reshape(n, positions, dim)
-        state_BPD = state_BPD + functional.dropout(self.out(seen_BPD), drop)
-        return state_BPD + functional.dropout(self.mlp(self.mlp_norm(state_BPD)), drop)
+        state_BPE = state_BPE + functional.dropout(self.out(seen_BPD), drop)
+        return state_BPE + functional.dropout(self.mlp(self.mlp_norm(state_BPE)), drop)
 
 
 def _embeddings(tables: tuple[tuple[str, int], ...], dim: int) -> EmbeddingBagCollection:

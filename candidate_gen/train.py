@@ -1,7 +1,7 @@
 """The towers' training task: windows of users' logs, each with a target wherever a positive impression came next.
 
 A unit is a window W: at most L events and the positives that follow some of them. B windows a batch, N targets,
-X uniform negatives. One pass of the history encoder serves every target of its window:
+X uniform negatives, C features of (video, instant). One pass of the history encoder serves every target of its window:
 
     log of one user    a  b  c  d  e  f        positives: c f
     window             a  b  c  d  e           c is predicted from position 2 (after a b), f from 5
@@ -10,7 +10,7 @@ X uniform negatives. One pass of the history encoder serves every target of its 
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -20,10 +20,10 @@ from safetensors.torch import save_file
 from candidate_gen.model import TowerConfig, TowerSizes, TowersModel
 from features.dataset import Dataset
 from features.history import gap_bucket
-from features.inputs import Collated, UserRows, assemble
+from features.inputs import Collated, UserRows, age_features, assemble
 from features.schema import SIGNALS
 
-FORMAT = 1
+FORMAT = 2
 """Version of towers.json; raised when an older reader would go wrong."""
 
 
@@ -55,12 +55,13 @@ class TowersTask:
                 f"no impression on {train_dates} has any of {config.positives}: nothing to train towers on"
             )
         validation = target_examples(dataset, config, validation_dates)
-        examples = dataset.examples
         self._train = cut_windows(dataset, config, train)
         self._validation = cut_windows(dataset, config, validation)
-        self._positives = np.bincount(examples.video_row[train], minlength=len(dataset.videos) + 1)
-        known = dataset.upload_ts_ms <= examples.ts_ms[train].max()
-        self._negatives = np.flatnonzero(dataset.eligible & known)
+        self._day_share = DayShare.of(dataset, np.concatenate([train, validation]))
+        eligible = np.flatnonzero(dataset.eligible)
+        self._negatives = eligible[np.argsort(dataset.upload_ts_ms[eligible], kind="stable")]
+        self._uploads_ms = np.asarray(dataset.upload_ts_ms[self._negatives])
+        self._view_ms = view_instants(dataset)
 
     def build(self) -> torch.nn.Module:
         """Fresh towers; the caller seeds torch."""
@@ -84,8 +85,8 @@ class TowersTask:
         history = data.history.windows(user_row_B, end_B, data.encoder.spec.history_length)
         position_N = e.history_end[rows_N] - (end_B - history.length_B)[owner_N]
         last_ms_N = history.ts_ms_BL[owner_N, np.maximum(position_N - 1, 0)]
-        video_row_N, ts_ms_N = e.video_row[rows_N], e.ts_ms[rows_N]
-        negatives_X = self._draw_negatives(seed)
+        video_row_N, ts_ms_N, day_N = e.video_row[rows_N], e.ts_ms[rows_N], e.day[rows_N]
+        negatives_X, like_X = self._draw_negatives(ts_ms_N, seed)
         inputs = assemble(
             user=UserRows.take(data.users, user_row_B),
             user_counters_BC=np.zeros((len(end_B), 0), np.float32),
@@ -104,10 +105,13 @@ class TowersTask:
             "position_N": position_N,
             "surface_N": e.surface[rows_N],
             "gap_N": gap_bucket(ts_ms_N, last_ms_N, position_N > 0),
-            "log_draws_N": self._log_draws(video_row_N, len(rows_N)),
-            "log_draws_X": self._log_draws(negatives_X, len(rows_N)),
+            "log_draws_N": self._log_draws(video_row_N, day_N, ts_ms_N, len(rows_N)),
+            "log_draws_X": self._log_draws(negatives_X, day_N[like_X], ts_ms_N[like_X], len(rows_N)),
+            "extra_dense_XC": features_at(data, negatives_X, day_N[like_X], self._view_ms[day_N[like_X]]),
         }
-        return Collated(inputs, targets)
+        # Age and counters as the index of the target's day has them, which is made once, at the day's first instant.
+        at_view_NC = features_at(data, video_row_N, day_N, self._view_ms[day_N])
+        return Collated(replace(inputs, candidate_dense_NC=at_view_NC), targets)
 
     def export(self, state: dict[str, torch.Tensor], folder: Path) -> None:
         """Write `towers.safetensors` and `towers.json` from the full, unsharded state."""
@@ -121,18 +125,74 @@ class TowersTask:
         }
         (folder / "towers.json").write_text(json.dumps(described, indent=2, sort_keys=True))
 
-    def _draw_negatives(self, seed: int) -> np.ndarray:
-        wanted = min(self.config.uniform_negatives, len(self._negatives))
-        return np.random.default_rng(seed).choice(self._negatives, wanted, replace=False, shuffle=False)
+    def _draw_negatives(self, ts_ms_N: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
+        """(video rows (X,), target (X,) whose instant each is drawn for), among what was uploaded by that instant."""
+        rng = np.random.default_rng(seed)
+        wanted = self.config.uniform_negatives if len(self._negatives) else 0
+        like_X = rng.integers(0, len(ts_ms_N), wanted)
+        return self._negatives[rng.integers(0, self._uploaded(ts_ms_N[like_X]))], like_X
 
-    def _log_draws(self, video_row_M: np.ndarray, n_positives: int) -> np.ndarray:
-        """Log of how often a video is expected among a batch's negatives, both pools together (M,) float32."""
-        total = self._positives.sum()
-        draws_M = np.full(len(video_row_M), min(self.config.uniform_negatives / max(len(self._negatives), 1), 1.0))
+    def _uploaded(self, ts_ms_M: np.ndarray) -> np.ndarray:
+        """(M,) how many videos a uniform draw at these instants chooses among."""
+        return np.maximum(np.searchsorted(self._uploads_ms, ts_ms_M, side="right"), 1)
+
+    def _log_draws(self, row_M: np.ndarray, day_M: np.ndarray, ts_ms_M: np.ndarray, n_positives: int) -> np.ndarray:
+        """Log of how often a video is expected among the negatives of a batch at its instant (M,) float32."""
+        draws_M = self.config.uniform_negatives / self._uploaded(ts_ms_M)
         if self.config.in_batch_negatives:
-            draws_M += n_positives * self._positives[video_row_M] / total
-        never = draws_M == 0  # without uniform negatives, a validation video that training never saw
-        return np.log(np.where(never, n_positives / total, draws_M)).astype(np.float32)
+            draws_M = draws_M + n_positives * self._day_share.of_videos(day_M, row_M)
+        return np.log(draws_M).astype(np.float32)
+
+
+@dataclass(frozen=True, slots=True)
+class DayShare:
+    """How a day's positives spread over videos: in-batch negatives of that day are drawn so. A video lives for days, so
+    its share of the whole log would count it as rarer than it is while it is fresh."""
+
+    key: np.ndarray
+    """Sorted day * videos + row."""
+    share: np.ndarray
+    n_videos: int
+
+    @classmethod
+    def of(cls, dataset: Dataset, target: np.ndarray) -> DayShare:
+        """Count these positives (rows of `Dataset.examples`)."""
+        n_videos, day = len(dataset.videos) + 1, dataset.examples.day[target]
+        key, count = np.unique(day * n_videos + dataset.examples.video_row[target], return_counts=True)
+        return cls(key, count / np.bincount(day)[key // n_videos], n_videos)
+
+    def of_videos(self, day_M: np.ndarray, row_M: np.ndarray) -> np.ndarray:
+        """(M,) share of the day's positives; 0 for a video without any."""
+        wanted_M = day_M * self.n_videos + row_M
+        at_M = np.minimum(np.searchsorted(self.key, wanted_M), len(self.key) - 1)
+        return np.where(self.key[at_M] == wanted_M, self.share[at_M], 0.0)
+
+
+def features_at(
+    dataset: Dataset, rows_M: np.ndarray, day_M: np.ndarray | int, now_ms_M: np.ndarray | int
+) -> np.ndarray:
+    """(M, C) float32: what the prior reads of a video at an instant; columns as `Inputs.candidate_dense_NC`.
+
+    Counters are those of the day's view (days before it), age counts to the instant; not uploaded yet is age 0."""
+    counters_MC = dataset.counters.video(np.broadcast_to(day_M, rows_M.shape), rows_M)
+    return np.concatenate([counters_MC, age_features(np.asarray(now_ms_M), dataset.upload_ts_ms[rows_M])], axis=1)
+
+
+def view_instants(dataset: Dataset) -> np.ndarray:
+    """(days + 1,) int64: when each view of the counters begins to serve: the day's first impression; last, the end."""
+    ts_ms, day = dataset.examples.ts_ms, dataset.examples.day
+    first_ms = np.full(len(dataset.dates) + 1, ts_ms.max() + 1, np.int64)
+    np.minimum.at(first_ms, day, ts_ms)
+    return first_ms
+
+
+def index_instant(dataset: Dataset, test_dates: tuple[str, ...]) -> tuple[int, int]:
+    """(day, now_ms) at which a run embeds its videos, once for evaluation and publication alike.
+
+    With test days: their first instant and the counters as of its day, so that nothing the test days add is seen.
+    Without: the end of the log and the last view."""
+    day = dataset.dates.index(min(test_dates)) if test_dates else len(dataset.dates)
+    return day, int(view_instants(dataset)[day])
 
 
 def target_examples(dataset: Dataset, config: TowerConfig, dates: tuple[str, ...]) -> np.ndarray:

@@ -22,7 +22,7 @@ TOPICS, USERS, VIDEOS_N, EVENTS_PER_USER, DAY_MS = 5, 150, 300, 24, 86_400_000
 START_MS = 1_767_225_600_000
 DATES = ("2026-01-01", "2026-01-02", "2026-01-03", "2026-01-04")
 CONFIG = TowerConfig(
-    dim=16, embedding_dim=8, hidden=32, layers=1, heads=2, dropout=0.0, uniform_negatives=64, window_stride=8
+    dim=18, embedding_dim=8, hidden=32, layers=1, heads=2, dropout=0.0, uniform_negatives=64, window_stride=8
 )
 
 
@@ -43,14 +43,48 @@ def planted_spec() -> FeatureSpec:
 def planted_dataset() -> tuple[Dataset, np.ndarray, np.ndarray]:
     """(dataset, topic by user row, topic by video row); the last 30 videos occur in no event."""
     rng = np.random.default_rng(5)
-    user_ids, video_ids = np.arange(USERS) * 7 + 2**61, np.arange(VIDEOS_N) * 3 + 2**60
     user_topic, video_topic = rng.integers(0, TOPICS, USERS), rng.integers(0, TOPICS, VIDEOS_N)
-    content = np.eye(TOPICS, 8)[video_topic] + 0.2 * rng.normal(size=(VIDEOS_N, 8))
+    n = USERS * EVENTS_PER_USER
+    user, video = np.repeat(np.arange(USERS), EVENTS_PER_USER), rng.integers(0, VIDEOS_N - 30, n)
+    ts_ms = START_MS + np.tile(np.arange(EVENTS_PER_USER) * (4 * DAY_MS // EVENTS_PER_USER), USERS)
+    ts_ms[1::EVENTS_PER_USER] = ts_ms[0::EVENTS_PER_USER]  # the first two events of a user share their time
+    dataset = dataset_of(
+        content=np.eye(TOPICS, 8)[video_topic] + 0.2 * rng.normal(size=(VIDEOS_N, 8)),
+        upload_ts_ms=np.full(VIDEOS_N, START_MS - DAY_MS),
+        events=(user, video, ts_ms, user_topic[user] == video_topic[video]),
+    )
+    return dataset, np.concatenate([[-1], user_topic]), np.concatenate([[-1], video_topic])
+
+
+def planted_uploads() -> tuple[Dataset, np.ndarray]:
+    """(dataset, hit by video row): all users long-view what is younger than a day, and one video in five, the hits,
+    at any age; content says nothing. Half of the videos are there before the log, the others come while it runs."""
+    rng = np.random.default_rng(6)
+    hit = rng.random(VIDEOS_N) < 0.2
+    upload_ts_ms = START_MS + rng.integers(-4 * DAY_MS, 4 * DAY_MS, VIDEOS_N)
+    user = np.repeat(np.arange(USERS), EVENTS_PER_USER)
+    ts_ms = START_MS + np.sort(rng.integers(0, 4 * DAY_MS, (USERS, EVENTS_PER_USER)), axis=1).ravel()
+    by_upload = np.argsort(upload_ts_ms)
+    video = by_upload[rng.integers(0, np.searchsorted(upload_ts_ms[by_upload], ts_ms))]
+    fresh = ts_ms - upload_ts_ms[video] < DAY_MS
+    dataset = dataset_of(
+        content=rng.normal(size=(VIDEOS_N, 8)),
+        upload_ts_ms=upload_ts_ms,
+        events=(user, video, ts_ms, fresh | hit[video]),
+    )
+    return dataset, np.concatenate([[False], hit])
+
+
+def dataset_of(*, content: np.ndarray, upload_ts_ms: np.ndarray, events: tuple[np.ndarray, ...]) -> Dataset:
+    """Events are (user, video, ts_ms, long_view) columns, users and videos by number; every 50th is not eligible."""
+    rng = np.random.default_rng(7)
+    user, video, ts_ms, long_view = events
+    user_ids, video_ids, n = np.arange(USERS) * 7 + 2**61, np.arange(VIDEOS_N) * 3 + 2**60, len(user)
     videos = pa.table(
         {
             "video_id": video_ids,
             "author_id": rng.integers(1, 20, VIDEOS_N),
-            "upload_ts_ms": np.full(VIDEOS_N, START_MS - DAY_MS),
+            "upload_ts_ms": upload_ts_ms,
             "duration_ms": rng.integers(5_000, 60_000, VIDEOS_N),
             "music_id": np.ones(VIDEOS_N, np.int64),
             "video_type": ["x"] * VIDEOS_N,
@@ -60,26 +94,20 @@ def planted_dataset() -> tuple[Dataset, np.ndarray, np.ndarray]:
             "eligible": np.arange(VIDEOS_N) % 50 != 0,
         }
     ).cast(VIDEOS)
-    n = USERS * EVENTS_PER_USER
-    user, video = np.repeat(np.arange(USERS), EVENTS_PER_USER), rng.integers(0, VIDEOS_N - 30, n)
-    ts_ms = START_MS + np.tile(np.arange(EVENTS_PER_USER) * (4 * DAY_MS // EVENTS_PER_USER), USERS)
-    ts_ms[1::EVENTS_PER_USER] = ts_ms[0::EVENTS_PER_USER]  # the first two events of a user share their time
     columns: dict[str, object] = {name: pa.nulls(n, EVENTS.field(name).type) for name in EVENTS.names}
     columns |= {"request_id": [str(i) for i in range(n)], "user_id": user_ids[user], "video_id": video_ids[video]}
     columns |= {"ts_ms": ts_ms, "surface": ["feed"] * n}
     columns |= {signal: np.zeros(n, np.int8) for signal in SIGNALS}
-    columns["long_view"] = (user_topic[user] == video_topic[video]).astype(np.int8)
-    events = pa.table(columns).cast(EVENTS)
-    events = events.append_column("date", pa.array([DATES[day] for day in (ts_ms - START_MS) // DAY_MS]))
-    dataset = Dataset.build(
+    columns["long_view"] = long_view.astype(np.int8)
+    table = pa.table(columns).cast(EVENTS)
+    return Dataset.build(
         planted_spec(),
         users=pa.table({"user_id": user_ids}),
         videos=videos,
-        events=events,
+        events=table.append_column("date", pa.array([DATES[day] for day in (ts_ms - START_MS) // DAY_MS])),
         undated=None,
         train_dates=DATES[:3],
     )
-    return dataset, np.concatenate([[-1], user_topic]), np.concatenate([[-1], video_topic])
 
 
 def train(task: TowersTask, steps: int, lr: float = 0.01) -> torch.nn.Module:
@@ -115,3 +143,14 @@ def planted(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
         folder=folder,
         towers=Towers.load(folder),
     )
+
+
+@pytest.fixture(scope="session")
+def uploads(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
+    """dataset, hit, task and loaded towers of the world where age and counters decide."""
+    torch.set_num_threads(1)
+    dataset, hit = planted_uploads()
+    task = TowersTask(dataset, CONFIG, DATES[:3], DATES[3:])
+    folder: Path = tmp_path_factory.mktemp("uploads")
+    task.export(train(task, steps=120).state_dict(), folder)
+    return SimpleNamespace(dataset=dataset, hit=hit, task=task, towers=Towers.load(folder))

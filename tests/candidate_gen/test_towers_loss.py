@@ -21,6 +21,8 @@ def loss_of(users: torch.Tensor, videos: torch.Tensor, positive: list[int], unif
         "positive_N": torch.tensor(positive),
         "owner_N": torch.arange(n),
         "uniform_X": uniform,
+        "prior_N": torch.zeros(n),
+        "prior_X": torch.zeros(len(uniform)),
         "log_draws_N": torch.zeros(n),
         "log_draws_X": torch.zeros(len(uniform)),
         "temperature": 0.1,
@@ -33,6 +35,14 @@ def test_all_videos_as_uniform_negatives_give_the_exact_softmax() -> None:
     logits = (users.numpy() @ videos.numpy().T).astype(np.float64) / 0.1
     exact = np.mean([np.log(np.exp(logits[n]).sum()) - logits[n, p] for n, p in enumerate(positive)])
     assert abs(loss_of(users, videos, positive, torch.arange(30), in_batch=False) - exact) < 1e-5
+
+
+def test_a_prior_is_added_to_the_cosine_of_its_own_video() -> None:
+    # One user, positive 2 and negatives 0 and 4: cosines of zero leave exp(prior / temperature) alone.
+    users, videos = torch.zeros(1, 6), vectors(5, 2)
+    prior_X, prior_N = torch.tensor([0.1, -0.2]), torch.tensor([0.3])
+    found = loss_of(users, videos, [2], torch.tensor([0, 4]), prior_N=prior_N, prior_X=prior_X)
+    assert abs(found - np.log((np.exp(3.0) + np.exp(1.0) + np.exp(-2.0)) / np.exp(3.0))) < 1e-5
 
 
 def test_a_sampled_copy_of_the_positive_is_no_negative() -> None:
@@ -85,6 +95,8 @@ def test_corrected_scores_learn_how_popular_a_video_is_and_uncorrected_ones_unle
                 positive_N=torch.from_numpy(positive),
                 owner_N=torch.arange(64),
                 uniform_X=NONE,
+                prior_N=torch.zeros(64),
+                prior_X=torch.zeros(0),
                 log_draws_N=torch.from_numpy(np.log(64 * share[positive]).astype(np.float32)),
                 log_draws_X=torch.zeros(0),
                 temperature=1.0,

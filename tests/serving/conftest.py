@@ -13,7 +13,7 @@ import torch
 from candidate_gen.index import IndexConfig, VideoIndex
 from candidate_gen.infer import Towers
 from candidate_gen.model import TowerConfig
-from candidate_gen.train import TowersTask
+from candidate_gen.train import TowersTask, features_at, index_instant
 from features.artifacts import Registry
 from features.dataset import Dataset
 from features.schema import EVENTS, FOLLOWS, SIGNALS, VIDEOS
@@ -146,7 +146,9 @@ def world(tmp_path_factory) -> World:
     for task in (towers, ranker):
         task.export(task.build().state_dict(), root / task.name)
     rows = np.flatnonzero(dataset.eligible)
-    vectors = Towers.load(root / "towers").video_vectors(dataset.videos, rows)
+    day, now_ms = index_instant(dataset, split[1])
+    at_instant = features_at(dataset, rows, day, now_ms)
+    vectors = Towers.load(root / "towers").video_vectors(dataset.videos, rows, at_instant)
     VideoIndex.build([(rows, vectors)], len(dataset.videos) + 1, IndexConfig()).save(root / "index")
     made = World(tables, dataset, root / "registry", root, START_MS + (DAYS + 1) * DAY_MS)
     config = FeedConfig(surfaces=("main", "search"))

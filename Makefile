@@ -18,8 +18,9 @@ help:
 
 install: .venv/.installed
 
+SCALE ?= smoke
 demo: .venv/.installed
-	.venv/bin/reelrank demo --scale smoke
+	.venv/bin/reelrank demo --scale $(SCALE)
 
 lint: .venv/.installed-dev
 	.venv/bin/ruff check .

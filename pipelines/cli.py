@@ -40,7 +40,7 @@ Force = Annotated[bool, typer.Option("--force", help="Publish although the gate 
 
 @app.command()
 def demo(
-    scale: Annotated[str, typer.Option(help="Size of the simulated world: smoke, small or full.")] = "smoke",
+    scale: Annotated[str, typer.Option(help="Size of the simulated world: tiny, smoke, small or full.")] = "smoke",
     out: Annotated[Path | None, typer.Option(help="Folder of the run. Default: runs/demo-SCALE.")] = None,
 ) -> None:
     """The whole funnel on a simulated world: generate, train, publish, serve, fetch feeds, replay, report."""

@@ -52,6 +52,7 @@ def evaluate_tasks(
     rows_N: np.ndarray,
     tasks: tuple[str, ...],
     probability_NT: np.ndarray,
+    validation_rows: np.ndarray,
     oracle: dict[str, np.ndarray] | None = None,
 ) -> list[dict]:
     """One row a task: counts, AUC, GAUC, normalised entropy, calibration, ECE; the oracle's AUC where known."""
@@ -60,6 +61,7 @@ def evaluate_tasks(
     for t, task in enumerate(tasks):
         labels = e.signals[rows_N, SIGNALS.index(task)]
         logged = ~np.isnan(labels)
+        fitted_on = np.nansum(e.signals[validation_rows, SIGNALS.index(task)])
         y, p, users = labels[logged], probability_NT[logged, t], e.user_row[rows_N][logged]
         row: dict = {"task": task, "rows": int(logged.sum()), "positives": int(y.sum())}
         if MIN_POSITIVES <= y.sum() <= len(y) - MIN_POSITIVES:
@@ -68,7 +70,7 @@ def evaluate_tasks(
                 "gauc": gauc(y, p, users),
                 "normalised_entropy": normalised_entropy(y, p),
                 "calibration": calibration(y, p),
-                "calibration_two_se": 2.0 / float(np.sqrt(y.sum())),
+                "calibration_two_se": 2.0 * float(np.sqrt(1.0 / y.sum() + 1.0 / max(fitted_on, 1.0))),
                 "ece": expected_calibration_error(y, p),
             }
             if oracle is not None:

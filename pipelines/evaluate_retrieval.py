@@ -7,7 +7,7 @@ Every method ranks the same corpus: eligible videos, less what the user has seen
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -20,6 +20,7 @@ from features.schema import SIGNALS
 from pipelines.metrics import coverage, recall_at_k
 
 CHUNK = 256
+TOWERS = "two towers, exact"
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,7 +143,7 @@ def evaluate_retrieval(
     towers: Towers,
     index: VideoIndex,
     vectors_VD: np.ndarray,
-    popular_rows: np.ndarray,
+    popularity: Mapping[str, np.ndarray],
     *,
     dates: tuple[str, ...],
     signal: str,
@@ -162,8 +163,8 @@ def evaluate_retrieval(
     found = np.mean([np.isin(exact[q, :k0], through[q, :k0]).mean() for q in range(len(probe))])
     catalogue = int(dataset.eligible.sum())
     rows = [
-        _row("two towers, exact", exact, queries, ks, catalogue),
-        _row("popularity", popular_top(popular_rows, queries, k), queries, ks, catalogue),
+        _row(TOWERS, exact, queries, ks, catalogue),
+        *(_row(name, popular_top(rows, queries, k), queries, ks, catalogue) for name, rows in popularity.items()),
     ]
     rows.append({"name": "chance", **{f"recall@{k}": min(1.0, k / catalogue) for k in ks}, "coverage": None})
     return {
@@ -175,6 +176,16 @@ def evaluate_retrieval(
         "index_recall": {"k": k0, "queries": len(probe), "of_exact": float(found)},
         "through_index": _row("two towers, index", through, probe, ks, catalogue),
     }
+
+
+def tower_recall(retrieval: dict, k: int) -> float:
+    """The towers' exact recall in what `evaluate_retrieval` returned."""
+    return next(row for row in retrieval["rows"] if row["name"] == TOWERS)[f"recall@{k}"]
+
+
+def popularity_recall(retrieval: dict, k: int) -> float:
+    """The best of the popularity lists."""
+    return max(row[f"recall@{k}"] for row in retrieval["rows"] if row["name"].startswith("popularity"))
 
 
 def _row(name: str, top_QK: np.ndarray, queries: Queries, ks: Sequence[int], catalogue: int) -> dict:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import asdict, dataclass
 
+from pipelines.evaluate_retrieval import popularity_recall, tower_recall
 from pipelines.recipes import GateConfig
 
 
@@ -44,9 +45,8 @@ def to_rows(verdicts: list[Verdict]) -> list[dict]:
 def _retrieval(metrics: dict, live: dict | None, config: GateConfig) -> list[Verdict]:
     retrieval = metrics["retrieval"]
     k = retrieval["index_recall"]["k"]
-    recall = _recall(metrics)
-    popular = next(row for row in retrieval["rows"] if row["name"] == "popularity")[f"recall@{k}"]
-    bound = popular * config.min_recall_over_popularity
+    recall = tower_recall(retrieval, k)
+    bound = popularity_recall(retrieval, k) * config.min_recall_over_popularity
     found = retrieval["index_recall"]["of_exact"]
     verdicts = [
         Verdict(f"two-tower recall@{k} above {config.min_recall_over_popularity:g} x popularity", recall, bound, None,
@@ -55,7 +55,9 @@ def _retrieval(metrics: dict, live: dict | None, config: GateConfig) -> list[Ver
                 found >= config.min_index_recall),
     ]  # fmt: skip
     if live is not None:
-        verdicts.append(_not_worse(f"recall@{k} against the live bundle", recall, _recall(live), config))
+        verdicts.append(
+            _not_worse(f"recall@{k} against the live bundle", recall, tower_recall(live["retrieval"], k), config)
+        )
     return verdicts
 
 
@@ -82,9 +84,3 @@ def _ranking(metrics: dict, live: dict | None, config: GateConfig) -> list[Verdi
 def _not_worse(rule: str, candidate: float, live: float, config: GateConfig) -> Verdict:
     bound = live * (1.0 - config.max_drop)
     return Verdict(rule, candidate, bound, live, candidate >= bound)
-
-
-def _recall(metrics: dict) -> float:
-    retrieval = metrics["retrieval"]
-    towers = next(row for row in retrieval["rows"] if row["name"] == "two towers, exact")
-    return towers[f"recall@{retrieval['index_recall']['k']}"]

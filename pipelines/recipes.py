@@ -65,7 +65,8 @@ class GateConfig:
     min_index_recall: float = 0.95
     """Share of the exact top that the index returns; below it the index, not the model, decides the feed."""
     max_calibration_error: float = 0.15
-    """Mean prediction over mean label may differ from 1 by this, or by two standard errors where that is more."""
+    """Mean prediction over mean label may differ from 1 by this, or by two standard errors where that is more
+    (of the positives on the test days and of those on the validation days, which the calibration was fitted on)."""
     min_positives: int = 200
     """A task with fewer test positives is reported, not judged: its calibration on either day is mostly chance."""
     max_drop: float = 0.02
@@ -91,6 +92,8 @@ class Recipe:
     gate: GateConfig = field(default_factory=GateConfig)
     popular_days: int | None = 3
     """Days of the log that the popular source counts; None counts all of it."""
+    popularity_baselines: tuple[int, ...] = (1, 3)
+    """Days of the popularity lists that retrieval is measured against, beside the whole log; the best one counts."""
 
 
 def _user_features(*names: str, rows: int = 64) -> tuple[Categorical, ...]:
@@ -123,6 +126,17 @@ def world_smoke() -> Recipe:
         feed=FeedConfig(surfaces=("feed",)),
         towers_train=TrainConfig(epochs=2, batch_size=32, lr_dense=3e-3, patience=1),
         ranker_train=TrainConfig(epochs=2, batch_size=256, lr_dense=3e-3, patience=1),
+    )
+
+
+def world_tiny() -> Recipe:
+    """The simulated world at a test's size: 400 users, 800 videos, 5 days; its gate is wide, for noise rules there."""
+    return replace(
+        world_smoke(),
+        name="world-tiny",
+        spec=world_spec(user_rows=1 << 12, video_rows=1 << 12, author_rows=1 << 10),
+        recall_at=(20, 100),
+        gate=GateConfig(min_recall_over_popularity=0.2, max_calibration_error=0.6),
     )
 
 
@@ -222,6 +236,7 @@ def custom() -> Recipe:
 
 
 RECIPES: dict[str, Callable[[], Recipe]] = {
+    "world-tiny": world_tiny,
     "world-smoke": world_smoke,
     "world-small": world_small,
     "world-full": world_full,

@@ -160,6 +160,7 @@ def read_config(world_json: Path) -> WorldConfig:
 
 
 SCALES: dict[str, WorldConfig] = {
+    "tiny": WorldConfig(n_users=400, n_authors=60, n_videos=800, n_days=5),
     "smoke": WorldConfig(),
     "small": WorldConfig(
         n_users=10_000, n_authors=4_000, n_videos=50_000, n_days=14, requests_per_user_day=3.0, mean_follows=10.0

@@ -31,7 +31,7 @@ def test_help_lists_every_command():
         (["ingest", "--recipe", "custom", "--data", "/nonexistent", "--run", "{tmp}/r"], 2, "no adapter reads this"),
         (["train", "--run", "{tmp}"], 2, "is not a run folder"),
         (["rollback", "--registry", "{tmp}"], 1, "ArtifactError"),
-        (["demo", "--scale", "huge"], 2, "give one of smoke"),
+        (["demo", "--scale", "huge"], 2, "give one of tiny, smoke"),
     ],
 )
 def test_mistakes_get_one_clear_line_and_their_exit_code(arguments: list[str], code: int, says: str, tmp_path: Path):

@@ -11,7 +11,10 @@ GOOD = {
     "fingerprint": "f",
     "retrieval": {
         "index_recall": {"k": 100, "of_exact": 0.99},
-        "rows": [{"name": "two towers, exact", "recall@100": 0.30}, {"name": "popularity", "recall@100": 0.10}],
+        "rows": [
+            {"name": "two towers, exact", "recall@100": 0.30},
+            {"name": "popularity, whole log", "recall@100": 0.10},
+        ],
     },
     "ranking": [
         {"task": "click", "positives": 5000, "auc": 0.75, "calibration": 1.02, "calibration_two_se": 0.028},

@@ -32,8 +32,9 @@ class IndexConfig:
     """Up to this many videos (or, under a filter, allowed videos) a scan of them all is quick enough."""
     lists: int = 0
     """Inverted lists; 0 for 4 sqrt(videos), between 16 and 65,536."""
-    probes: int = 32
-    """Lists searched first; more follow while results are missing."""
+    probes: int = 128
+    """Lists searched first; more follow while results are missing. The prior spreads a user's best over many lists: of
+    50,000 videos' exact top 1,000, 32 probes found 81% in 1.2 ms of CPU, 128 found 98% in 1.7."""
     refine: int = 4
     """Codes find `refine` times k videos, exact scores pick k of them."""
     train_per_list: int = 64

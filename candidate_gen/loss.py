@@ -34,8 +34,8 @@ def sampled_softmax(
     of the same owner, does not count.
     """
     pool_C = torch.cat([positive_N, uniform_X]) if in_batch else uniform_X
-    # Another row's positive keeps the prior of that row's instant: within the same days the sum over all videos at one
-    # instant is much like that at another, and each video keeps the features under which it was drawn.
+    # Another row's positive keeps the prior of that row's day: the sum over all videos on one day is much like that on
+    # another, and each video keeps the features under which it was drawn.
     prior_C = torch.cat([prior_N, prior_X]) if in_batch else prior_X
     log_draws_C = torch.cat([log_draws_N, log_draws_X]) if in_batch else log_draws_X
     positive_score_N = ((user_NE * video_UE[positive_N]).sum(dim=-1) + prior_N) / temperature

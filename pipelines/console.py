@@ -25,11 +25,13 @@ REFRESH_S = 10.0
 
 @dataclass(slots=True)
 class Stage:
-    """A stage while it runs; it fills in its rows and note."""
+    """A stage while it runs; it fills in its rows, note and details."""
 
     name: str
     rows: int | None = None
     note: str = ""
+    details: list[str] = field(default_factory=list)
+    """Lines shown below the stage's own."""
     seconds: float = 0.0
     _tell: object = None
 
@@ -67,6 +69,8 @@ class Stages:
         stage.seconds = time.monotonic() - started
         rows = f"{stage.rows:,} rows" if stage.rows is not None else ""
         self.console.print(f"{name:<16}{rows:>16}{stage.seconds:>8.1f} s  {stage.note}", soft_wrap=True)
+        for line in stage.details:
+            self.console.print(f"    {line}", soft_wrap=True, markup=False)
         self.done.append(stage)
 
     def records(self) -> list[dict]:

@@ -35,6 +35,7 @@ from pipelines.evaluate_ranking import (
 from pipelines.evaluate_retrieval import evaluate_retrieval, popularity_recall, tower_recall
 from pipelines.gate import Verdict, judge, passed, to_rows
 from pipelines.recipes import Split
+from pipelines.sharding import plan_table
 from pipelines.train import Job, train_all
 from pipelines.trainer import Progress
 from pipelines.workspace import Workspace
@@ -96,6 +97,7 @@ def train_models(ws: Workspace, stage: Stage, names: Sequence[str] = ("towers", 
     results = train_all(jobs, on_progress=_tell(stage))
     for name in names:
         _collect(ws.training / name, ws.root / name)
+    stage.details = [line for r in results for line in plan_table(r.plan).splitlines()]
     stage.note = ", ".join(
         f"{r.name}: {len(r.epochs)} epochs, validation loss {r.best_validation_loss:.4f} at epoch {r.best_epoch + 1}"
         for r in results

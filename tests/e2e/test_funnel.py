@@ -13,19 +13,11 @@ from safetensors.numpy import load_file
 from features.artifacts import Registry
 from pipelines.cluster import ClusterConfig, cluster
 from pipelines.console import Stage
-from pipelines.demo import run_demo
 from pipelines.recipes import recipe
 from pipelines.stages import train_models
 from pipelines.workspace import Workspace
 from serving.bundle import FeedBundle
 from serving.golden import check
-
-
-@pytest.fixture(scope="module")
-def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("demo") / "run"
-    run_demo("tiny", folder)
-    return folder
 
 
 def test_the_demo_goes_from_nothing_to_served_feeds_a_replay_and_a_report(demo: Path):

@@ -176,6 +176,19 @@ def feed(
     print_feed(address, user, k, surface)
 
 
+@app.command(name="export-events")
+def export_events(
+    store: Annotated[Path, typer.Option("--store", help="The store that `reelrank serve` writes.")],
+    out: Annotated[Path, typer.Option(help="Folder for events/date=YYYY-MM-DD/, the canonical layout.")],
+) -> None:
+    """Write served and logged events as canonical tables, with their propensities: training and replay data."""
+    from serving.export import export_events as export
+
+    if not store.exists():
+        raise FileNotFoundError(f"{store} is not there: `reelrank serve --store` makes it")
+    typer.echo(f"{export(store, out):,} events in {out / 'events'}")
+
+
 @app.command()
 def replay(
     events: Annotated[Path, typer.Option("--events", help="A folder of canonical tables with logged propensities.")],
@@ -186,6 +199,9 @@ def replay(
     registry: Annotated[Path | None, typer.Option("--registry", help="For bundle:VERSION (or bundle:live).")] = None,
     slots: Annotated[int | None, typer.Option(help="Judge the first slots of each slate only.")] = None,
     days: Annotated[float | None, typer.Option(help="Judge the last days of the log only.")] = None,
+    temperature: Annotated[
+        float, typer.Option(help="Policies sample by value / temperature, in spreads of the request's values.")
+    ] = 1.0,
     resamples: Annotated[int, typer.Option(help="Bootstrap resamples of users.")] = 500,
     run: Annotated[
         Path | None, typer.Option("--run", help="The run that made the bundle: its counters as of then.")
@@ -193,6 +209,7 @@ def replay(
     out: Annotated[Path | None, typer.Option(help="Also write the report as JSON.")] = None,
 ) -> None:
     """Would another policy have done better on the logged requests? Estimates with intervals, or an honest refusal."""
+    from pipelines.policies import Sampler
     from pipelines.replay import print_report
     from pipelines.replay import replay as replay_log
     from pipelines.replay_bundle import factories
@@ -203,6 +220,7 @@ def replay(
         metrics=tuple(metric or ("long_view", "watch_s")),
         slots=slots,
         days=days,
+        sampler=Sampler(temperature=temperature),
         resamples=resamples,
         factories=factories(registry, run),
         on_progress=lambda text: typer.echo(text, err=True),

@@ -17,7 +17,7 @@ from candidate_gen.infer import Towers
 from features.dataset import Dataset
 from features.inputs import Inputs, UserRows, assemble
 from features.schema import SIGNALS
-from pipelines.metrics import coverage, recall_at_k
+from pipelines.metrics import coverage, gini, recall_at_k
 
 CHUNK = 256
 TOWERS = "two towers, exact"
@@ -191,10 +191,12 @@ def popularity_recall(retrieval: dict, k: int) -> float:
 def _row(name: str, top_QK: np.ndarray, queries: Queries, ks: Sequence[int], catalogue: int) -> dict:
     recall = recall_at_k(top_QK, queries.relevant, ks)
     shown = top_QK[:, : min(ks)]
+    exposures = np.unique(shown[shown > 0], return_counts=True)[1]
     return {
         "name": name,
         **{f"recall@{k}": recall[k] for k in ks},
         "coverage": coverage(shown, catalogue),
+        "gini": gini(np.pad(exposures, (0, catalogue - len(exposures)))),
     }
 
 

@@ -15,10 +15,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
-from rich.progress import Progress as Bars
-
 from pipelines.cluster import ClusterConfig, cluster, usable_cpus
 from pipelines.trainer import Progress, Task, TrainConfig, TrainResult, fit
 
@@ -192,33 +188,3 @@ def _followed(files: Sequence[Path], tell: Callable[[Progress], None], every_s: 
         ended.set()
         thread.join()
         tell_new()
-
-
-@contextmanager
-def shown_progress(console: Console) -> Iterator[Callable[[Progress], None]]:
-    """A bar a model and a line an epoch; on something that is no terminal, the lines alone."""
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=30),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[pace]}"),
-    )
-    with Bars(*columns, console=console, transient=True) as bars:
-        tasks: dict[str, Any] = {}
-
-        def show(progress: Progress) -> None:
-            if progress.name not in tasks:
-                tasks[progress.name] = bars.add_task(progress.name, total=None, pace="")
-            pace = (
-                f"loss {progress.loss:.4f}  {progress.samples_per_s:,.0f} samples/s  "
-                f"waiting for input {progress.input_wait_share:.0%}"
-            )
-            where = f"{progress.name} epoch {progress.epoch + 1}/{progress.epochs}"
-            left = f"{pace}  {progress.eta_s:.0f} s left"
-            bars.update(
-                tasks[progress.name], description=where, completed=progress.step, total=progress.steps, pace=left
-            )
-            if progress.validation_loss is not None:
-                bars.console.print(f"{where}  {pace}  validation {progress.validation_loss:.4f}", highlight=False)
-
-        yield show

@@ -209,6 +209,7 @@ def replay(
     out: Annotated[Path | None, typer.Option(help="Also write the report as JSON.")] = None,
 ) -> None:
     """Would another policy have done better on the logged requests? Estimates with intervals, or an honest refusal."""
+    from pipelines.console import output
     from pipelines.policies import Sampler
     from pipelines.replay import print_report
     from pipelines.replay import replay as replay_log
@@ -225,7 +226,7 @@ def replay(
         factories=factories(registry, run),
         on_progress=lambda text: typer.echo(text, err=True),
     )
-    print_report(report)
+    print_report(report, output())
     if out is not None:
         report.write(out)
     raise typer.Exit(report.exit_code)

@@ -8,6 +8,7 @@ import numpy as np
 
 from pipelines.adapters.canonical import CanonicalAdapter
 from pipelines.console import Stages, output
+from pipelines.policies import Sampler
 from pipelines.recipes import recipe
 from pipelines.replay import print_report, replay
 from pipelines.replay_bundle import factories
@@ -18,6 +19,8 @@ from pipelines.world import SCALES, World, generate
 
 REPLAY_SLOTS = 2
 """Weights multiply down the slate: on one day's log the first slots are what the data can answer."""
+REPLAY_TEMPERATURE = 0.5
+"""In spreads of a request's values: sharp enough to be a feed, soft enough for one day's log to answer."""
 
 
 def run_demo(scale: str, out: Path) -> None:
@@ -44,6 +47,7 @@ def run_demo(scale: str, out: Path) -> None:
             ["logged", "random", "popularity", "bundle:live"],
             days=1,
             slots=REPLAY_SLOTS,
+            sampler=Sampler(temperature=REPLAY_TEMPERATURE),
             factories=factories(ws.registry, ws.root, stage.progress),
             on_progress=stage.progress,
         )

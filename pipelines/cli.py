@@ -169,11 +169,12 @@ def feed(
     address: Annotated[str, typer.Option(help="Where `reelrank serve` listens.")] = "127.0.0.1:50051",
     k: Annotated[int, typer.Option(help="Videos.")] = 10,
     surface: Annotated[str, typer.Option(help="Surface; empty takes the bundle's first.")] = "",
+    now_ms: Annotated[int, typer.Option(help="Instant of the request, for logs of the past; 0 is the clock.")] = 0,
 ) -> None:
     """Fetch a feed from a running server and print why each video is in it."""
     from pipelines.show import print_feed
 
-    print_feed(address, user, k, surface)
+    print_feed(address, user, k, surface, now_ms)
 
 
 @app.command(name="export-events")

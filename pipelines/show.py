@@ -23,7 +23,7 @@ from pipelines.workspace import Workspace
 from serving.client import FeedClient
 
 START_TIMEOUT_S = 120.0
-UNKNOWN_USER_ID = 1
+UNKNOWN_USER_ID = -1
 FEED_LENGTH = 10
 AFTER_LOG_MS = 60_000
 """Feeds are asked for a minute after the log ends: by today's clock every video of an old log would be ancient."""

@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from features.artifacts import Registry
 from features.dataset import Dataset
@@ -33,6 +34,7 @@ class BundlePolicy:
     def values(self, requests: LoggedRequests) -> Sequence[Floats]:
         """One float64 array a request, aligned with its candidates."""
         feed = Feed(self._as_of(int(requests.ts_ms.min())), NoStore())
+        torch.set_num_threads(1)  # as in the server: one request is too little work to share out
         out = []
         for i, (user_id, ts_ms) in enumerate(zip(requests.user_id, requests.ts_ms, strict=True)):
             candidates = requests.video_ids[requests.offsets[i] : requests.offsets[i + 1]]

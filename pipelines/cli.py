@@ -275,22 +275,36 @@ def main() -> None:
         code = _exit_code(error)
         if code is None:
             raise
-        typer.secho(f"{type(error).__name__}: {error}", fg=typer.colors.RED, err=True)
+        typer.secho(_message(error), fg=typer.colors.RED, err=True)
         raise SystemExit(code) from error
 
 
 def _exit_code(error: Exception) -> int | None:
     """Exit code of a failure that is the user's to mend; None for a bug, which keeps its traceback."""
+    import grpc
+
     from features.artifacts import ArtifactError
     from features.validate import SchemaError
+    from pipelines.gate import GateError
     from pipelines.ingest import IngestError
     from pipelines.replay_log import ReplayInputError
+    from pipelines.train import TrainingError
+    from serving.golden import GoldenError
 
     if isinstance(error, (SchemaError, IngestError, ReplayInputError, FileNotFoundError, ValueError)):
         return EXIT_INPUT
-    if isinstance(error, ArtifactError):
-        return EXIT_FAILED
-    return EXIT_REFUSED if type(error).__name__ == "GateError" else None
+    if isinstance(error, GateError):
+        return EXIT_REFUSED
+    return EXIT_FAILED if isinstance(error, (ArtifactError, GoldenError, TrainingError, grpc.RpcError)) else None
+
+
+def _message(error: Exception) -> str:
+    """One line or a few; what a server answered is told as it said it."""
+    import grpc
+
+    if isinstance(error, grpc.RpcError) and isinstance(error, grpc.Call):
+        return f"{error.code().name}: {error.details()}"
+    return f"{type(error).__name__}: {error}"
 
 
 def _create(name: str, out: Path | None, overrides: list[str] | None, registry: Path | None) -> Any:

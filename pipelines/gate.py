@@ -9,6 +9,10 @@ from pipelines.evaluate_retrieval import popularity_recall, tower_recall
 from pipelines.recipes import GateConfig
 
 
+class GateError(Exception):
+    """A candidate was refused; the message lists the rules it broke, with both numbers."""
+
+
 @dataclass(frozen=True, slots=True)
 class Verdict:
     """One rule's outcome."""

@@ -35,7 +35,7 @@ from pipelines.evaluate_ranking import (
     score_examples,
 )
 from pipelines.evaluate_retrieval import evaluate_retrieval, popularity_recall, tower_recall
-from pipelines.gate import Verdict, judge, passed, to_rows
+from pipelines.gate import GateError, Verdict, judge, passed, to_rows
 from pipelines.recipes import Split
 from pipelines.sharding import plan_table
 from pipelines.train import Job, train_all
@@ -50,10 +50,6 @@ from serving.golden import record
 EMBED_CHUNK = 8192
 Oracle = Callable[[np.ndarray, np.ndarray, np.ndarray], dict[str, np.ndarray]]
 """(user_id, video_id, ts_ms) -> true probability a signal; only a simulated world has one."""
-
-
-class GateError(Exception):
-    """A candidate was refused; the message lists the rules it broke, with both numbers."""
 
 
 def ingest(ws: Workspace, adapter: Adapter, stage: Stage) -> None:

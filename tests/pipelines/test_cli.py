@@ -31,6 +31,7 @@ def test_help_lists_every_command():
         (["ingest", "--recipe", "custom", "--data", "/nonexistent", "--run", "{tmp}/r"], 2, "no adapter reads this"),
         (["train", "--run", "{tmp}"], 2, "is not a run folder"),
         (["rollback", "--registry", "{tmp}"], 1, "ArtifactError"),
+        (["feed", "--user", "1", "--address", "127.0.0.1:1"], 1, "UNAVAILABLE"),
         (["demo", "--scale", "huge"], 2, "give one of tiny, smoke"),
     ],
 )

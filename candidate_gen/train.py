@@ -187,10 +187,10 @@ def view_instants(dataset: Dataset) -> np.ndarray:
 
 
 def index_instant(dataset: Dataset, test_dates: tuple[str, ...]) -> tuple[int, int]:
-    """(day, now_ms) at which a run embeds its videos, once for evaluation and publication alike.
+    """(day, now_ms) at which videos are embedded.
 
-    With test days: their first instant and the counters as of its day, so that nothing the test days add is seen.
-    Without: the end of the log and the last view."""
+    To be evaluated on test days: their first instant and the counters as of its day, so that nothing they add is
+    seen. To be published, with no test days: the end of the log and the last view."""
     day = dataset.dates.index(min(test_dates)) if test_dates else len(dataset.dates)
     return day, int(view_instants(dataset)[day])
 

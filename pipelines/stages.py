@@ -104,24 +104,13 @@ def train_models(ws: Workspace, stage: Stage, names: Sequence[str] = ("towers", 
 
 
 def index(ws: Workspace, stage: Stage) -> None:
-    """Embed the corpus chunk by chunk and build the index over it.
+    """Embed the corpus and build the index that is evaluated, as of the first instant of the test days.
 
-    A vector knows its video's age and counters at one instant, and the same index is evaluated and published: it is
-    made as of the first instant of the test days, so never of what the test days themselves counted."""
+    A vector knows its video's age and counters at one instant: this index knows nothing that the test days counted.
+    Publishing builds another as of the log's end."""
     ws.require(ws.towers / "towers.json", "reelrank train")
-    dataset, towers = ws.dataset(), Towers.load(ws.towers)
-    day, now_ms = index_instant(dataset, ws.split(dataset).test)
-    n_rows = len(dataset.videos) + 1
-
-    def embedded() -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        for start in range(1, n_rows, EMBED_CHUNK):
-            rows = np.arange(start, min(start + EMBED_CHUNK, n_rows))
-            at_instant = features_at(dataset, rows, day, now_ms)
-            yield rows, towers.video_vectors(dataset.videos, rows, at_instant)
-
-    built = VideoIndex.build(
-        embedded(), n_rows, ws.recipe.index, on_progress=lambda n: stage.progress(f"{n:,} of {n_rows - 1:,} videos")
-    )
+    dataset = ws.dataset()
+    built = _embed_and_index(ws, dataset, ws.split(dataset).test, stage)
     built.save(ws.index)
     stage.rows = len(built)
     stage.note = json.loads((ws.index / "index.json").read_text())["kind"]
@@ -159,7 +148,8 @@ def evaluate(ws: Workspace, stage: Stage, oracle: Oracle | None = None) -> dict:
 
 
 def publish(ws: Workspace, stage: Stage, *, force: bool = False) -> tuple[str, list[Verdict]]:
-    """Gate, lay out the bundle, record golden answers, publish and make it live; returns version and verdicts.
+    """Gate, lay out the bundle with an index as of the log's end, record golden answers, publish and make it live;
+    returns version and verdicts.
 
     Raises GateError when a rule fails, unless `force`; what was forced stands in the manifest.
     """
@@ -182,7 +172,7 @@ def publish(ws: Workspace, stage: Stage, *, force: bool = False) -> tuple[str, l
         follows=ingestion.load_table(ws.canonical, "follows"),
         towers_dir=ws.towers,
         ranker_dir=ws.ranker,
-        index=VideoIndex.load(ws.index),
+        index=_embed_and_index(ws, dataset, (), stage),
         feed_config=ws.recipe.feed,
         metrics=metrics,
         popular_examples=dataset.rows_on(popular_dates),
@@ -202,6 +192,22 @@ def _towers_task(folder: Path, config: TowerConfig, train: tuple[str, ...], vali
 
 def _ranker_task(folder: Path, config: RankerConfig, train: tuple[str, ...], validation: tuple[str, ...]) -> RankerTask:
     return RankerTask(Dataset.load(folder), config, train, validation)
+
+
+def _embed_and_index(ws: Workspace, dataset: Dataset, test_dates: tuple[str, ...], stage: Stage) -> VideoIndex:
+    """Chunk by chunk, as of the first of the dates, or of the log's end without any."""
+    towers = Towers.load(ws.towers)
+    day, now_ms = index_instant(dataset, test_dates)
+    n_rows = len(dataset.videos) + 1
+
+    def embedded() -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        for start in range(1, n_rows, EMBED_CHUNK):
+            rows = np.arange(start, min(start + EMBED_CHUNK, n_rows))
+            yield rows, towers.video_vectors(dataset.videos, rows, features_at(dataset, rows, day, now_ms))
+
+    return VideoIndex.build(
+        embedded(), n_rows, ws.recipe.index, on_progress=lambda n: stage.progress(f"{n:,} of {n_rows - 1:,} videos")
+    )
 
 
 def _collisions(dataset: Dataset) -> Iterator[tuple[str, float]]:

@@ -51,6 +51,17 @@ def test_the_published_bundle_verifies_and_answers_its_golden_requests(demo: Pat
     assert json.loads(bundle.path("metrics.json").read_text())["fingerprint"] == bundle.meta["data"]
 
 
+def test_the_published_index_knows_the_whole_log_and_the_evaluated_one_does_not(demo: Path):
+    published = np.load(Registry(demo / "registry").open(None).path("index/vectors.npy"))
+    evaluated = np.load(demo / "index" / "vectors.npy")
+    prior = -2  # the coordinate before the last carries age and counters
+    assert published.shape == evaluated.shape
+    assert np.abs(published[1:, prior] - evaluated[1:, prior]).mean() > 0.001
+    cosine = (published[1:, :prior].astype(np.float32) * evaluated[1:, :prior].astype(np.float32)).sum(axis=1)
+    lengths = np.linalg.norm(published[1:, :prior].astype(np.float32), axis=1)
+    np.testing.assert_allclose(cosine, lengths**2, rtol=0.01)  # content and taste are the same
+
+
 def test_models_learnt_something(demo: Path):
     metrics = json.loads((demo / "metrics.json").read_text())
     recall = {row["name"]: row["recall@100"] for row in metrics["retrieval"]["rows"]}

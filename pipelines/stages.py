@@ -110,10 +110,8 @@ def index(ws: Workspace, stage: Stage) -> None:
     Publishing builds another as of the log's end."""
     ws.require(ws.towers / "towers.json", "reelrank train")
     dataset = ws.dataset()
-    built = _embed_and_index(ws, dataset, ws.split(dataset).test, stage)
-    built.save(ws.index)
-    stage.rows = len(built)
-    stage.note = json.loads((ws.index / "index.json").read_text())["kind"]
+    built = _embed_and_index(ws, dataset, ws.split(dataset).test, ws.index, stage)
+    stage.rows, stage.note = len(built), built.kind
 
 
 def evaluate(ws: Workspace, stage: Stage, oracle: Oracle | None = None) -> dict:
@@ -123,12 +121,12 @@ def evaluate(ws: Workspace, stage: Stage, oracle: Oracle | None = None) -> dict:
     split = ws.split(dataset)
     events = _frame(ingestion.load_events(ws.canonical))
     stage.progress("retrieval")
-    vectors = VideoIndex.load(ws.index)
+    vectors = VideoIndex(ws.index)
     retrieval = evaluate_retrieval(
         dataset,
         Towers.load(ws.towers),
         vectors,
-        np.asarray(vectors.vectors_RD, dtype=np.float32),
+        vectors.vectors[np.arange(vectors.n_rows)],
         _popularity(ws, dataset, events.filter(~pl.col("date").is_in(split.test))),
         dates=split.test,
         signal=ws.recipe.retrieval_signal,
@@ -172,7 +170,7 @@ def publish(ws: Workspace, stage: Stage, *, force: bool = False) -> tuple[str, l
         follows=ingestion.load_table(ws.canonical, "follows"),
         towers_dir=ws.towers,
         ranker_dir=ws.ranker,
-        index=_embed_and_index(ws, dataset, (), stage),
+        index=_embed_and_index(ws, dataset, (), ws.root / "index-published", stage),
         feed_config=ws.recipe.feed,
         metrics=metrics,
         popular_examples=dataset.rows_on(popular_dates),
@@ -194,7 +192,9 @@ def _ranker_task(folder: Path, config: RankerConfig, train: tuple[str, ...], val
     return RankerTask(Dataset.load(folder), config, train, validation)
 
 
-def _embed_and_index(ws: Workspace, dataset: Dataset, test_dates: tuple[str, ...], stage: Stage) -> VideoIndex:
+def _embed_and_index(
+    ws: Workspace, dataset: Dataset, test_dates: tuple[str, ...], folder: Path, stage: Stage
+) -> VideoIndex:
     """Chunk by chunk, as of the first of the dates, or of the log's end without any."""
     towers = Towers.load(ws.towers)
     day, now_ms = index_instant(dataset, test_dates)
@@ -206,7 +206,7 @@ def _embed_and_index(ws: Workspace, dataset: Dataset, test_dates: tuple[str, ...
             yield rows, towers.video_vectors(dataset.videos, rows, features_at(dataset, rows, day, now_ms))
 
     return VideoIndex.build(
-        embedded(), n_rows, ws.recipe.index, on_progress=lambda n: stage.progress(f"{n:,} of {n_rows - 1:,} videos")
+        embedded(), n_rows, ws.recipe.index, folder, on_progress=lambda p: stage.progress(str(p))
     )
 
 

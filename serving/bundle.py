@@ -81,7 +81,7 @@ class FeedBundle:
         )
         upload_ts_ms, author_id = (np.array(array(f"videos/videos_{name}")) for name in ("upload_ts_ms", "author_id"))
         eligible, popular_rows = np.array(array("videos/videos_eligible")), np.array(array("popular"))
-        index = VideoIndex.load(folder / "index")
+        index = VideoIndex(folder / "index")
         uploads = Uploads.build(author_id, upload_ts_ms)
         config = FeedConfig.from_json((folder / "feed.json").read_text())
         by_surface = dict(zip(config.surfaces, np.array(array("popular_by_surface")), strict=True))
@@ -133,7 +133,7 @@ class FeedBundle:
             if len(getattr(self, name)) != rows:
                 found = len(getattr(self, name))
                 raise ValueError(f"bundle {self.version}: {name} has {found} rows, expected {rows}; publish it again")
-        if len(self.index.vectors_RD) != n_videos or len(self.history.user_start) != n_users + 1:
+        if self.index.n_rows != n_videos or len(self.history.user_start) != n_users + 1:
             raise ValueError(f"bundle {self.version}: index, history and entities differ in rows; publish it again")
 
     @property
@@ -202,7 +202,7 @@ def write_bundle(
         np.save(folder / f"{name}.npy", np.asarray(values), allow_pickle=False)
     shutil.copytree(towers_dir, folder / "towers")
     shutil.copytree(ranker_dir, folder / "ranker")
-    index.save(folder / "index")
+    index.copy_to(folder / "index")
     (folder / "feed.json").write_text(feed_config.to_json())
     (folder / "metrics.json").write_text(json.dumps(dict(metrics), indent=2, sort_keys=True))
 

@@ -213,7 +213,7 @@ class Feed:
             slate = fill_slots(
                 scored.value_K,
                 self.bundle.author_id[scored.pool.rows_K],
-                self.bundle.index.vectors_RD[scored.pool.rows_K].astype(np.float32),
+                self.bundle.index.vectors[scored.pool.rows_K],
                 config if request.explore else replace(config, explore=False),
                 request.k,
                 np.random.default_rng(xxhash.xxh64_intdigest(request.request_id.encode())),

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import tempfile
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -25,7 +28,9 @@ VECTORS = RNG.normal(size=(N + 1, DIM)).astype(np.float32)
 VECTORS /= np.linalg.norm(VECTORS, axis=1, keepdims=True)
 POPULAR = RNG.permutation(np.arange(1, N + 1))
 UPLOADS = Uploads.build(AUTHOR, UPLOAD_MS)
-INDEX = VideoIndex.build([(np.arange(1, N + 1), VECTORS[1:])], N + 1, IndexConfig())
+INDEX = VideoIndex.build(
+    [(np.arange(1, N + 1), VECTORS[1:])], N + 1, IndexConfig(), Path(tempfile.mkdtemp(prefix="reelrank-sources-"))
+)
 SOURCES: list[Source] = [
     AnnSource(INDEX, UPLOADS),
     FollowedSource(UPLOADS, UPLOAD_MS),

@@ -64,7 +64,7 @@ class World:
             follows=self.tables["follows"],
             towers_dir=self.models / "towers",
             ranker_dir=self.models / "ranker",
-            index=VideoIndex.load(self.models / "index"),
+            index=VideoIndex(self.models / "index"),
             feed_config=config,
             metrics={},
             **options,
@@ -149,7 +149,7 @@ def world(tmp_path_factory) -> World:
     day, now_ms = index_instant(dataset, split[1])
     at_instant = features_at(dataset, rows, day, now_ms)
     vectors = Towers.load(root / "towers").video_vectors(dataset.videos, rows, at_instant)
-    VideoIndex.build([(rows, vectors)], len(dataset.videos) + 1, IndexConfig()).save(root / "index")
+    VideoIndex.build([(rows, vectors)], len(dataset.videos) + 1, IndexConfig(), root / "index")
     made = World(tables, dataset, root / "registry", root, START_MS + (DAYS + 1) * DAY_MS)
     config = FeedConfig(surfaces=("main", "search"))
     made.publish("v1", config)

@@ -1,0 +1,8 @@
+"""The index over all videos: built from shards, searched where it lies, filtered inside the search."""
+
+from candidate_gen.index.build import Progress, build
+from candidate_gen.index.config import IndexConfig
+from candidate_gen.index.search import Allowed, VideoIndex
+from candidate_gen.index.shards import Shards
+
+__all__ = ["Allowed", "IndexConfig", "Progress", "Shards", "VideoIndex", "build"]

@@ -1,0 +1,167 @@
+"""The coarse quantizer: L centroids in G groups, trained and searched in two levels.
+
+Flat k-means compares every vector with every centroid. Here a vector meets the G groups, and then only the centroids
+of the `reach` nearest groups: with G = sqrt(L) that is about reach * sqrt(L) products instead of L. Groups are
+answered together, one matrix product a group, so the work is BLAS-bound. Two-level training is the recipe of FAISS's
+billion-scale baseline (big-ann-benchmarks, `--two_level_clustering`).
+
+N vectors, D width, L lists (centroids), G groups. Centroids stand group by group.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import faiss as _faiss
+import numpy as np
+import torch
+
+faiss: Any = _faiss  # its annotations know the C++ constructors, not the Python ones
+
+REACH = 8
+"""Groups whose centroids a vector is compared with: of trained video vectors (65,536 lists in 256 groups) this finds
+the truly nearest centroid for 99%."""
+BLOCK = 131_072
+"""Vectors assigned together: enough rows a group for a good matrix product, few enough to stay near the cache."""
+ITERATIONS = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Clusters:
+    """Centroids of all lists, and the groups they stand in."""
+
+    centroid_LD: np.ndarray
+    group_start: np.ndarray
+    """(G+1,) int64: group g owns centroids group_start[g] .. group_start[g+1]-1."""
+
+    @property
+    def lists(self) -> int:
+        """L."""
+        return len(self.centroid_LD)
+
+    @classmethod
+    def train(
+        cls, sample_ND: np.ndarray, lists: int, *, seed: int, on_progress: Callable[[str], None] = lambda _: None
+    ) -> Clusters:
+        """k-means into sqrt(L) groups, then of each group into its share of the lists, then one pass over all lists."""
+        groups = max(1, round(np.sqrt(lists))) if lists >= 256 else 1
+        rng = np.random.default_rng(seed)
+        few_ND = sample_ND[rng.permutation(len(sample_ND))[: 256 * groups]]
+        group_GD = _kmeans(few_ND, groups, seed)
+        of_N = _nearest(sample_ND, group_GD)
+        order = np.argsort(of_N, kind="stable")
+        count_G = np.bincount(of_N, minlength=groups)
+        own_G = _share_out(lists, count_G)
+        start = np.concatenate([[0], np.cumsum(own_G)])
+        centroid_LD = np.empty((lists, sample_ND.shape[1]), np.float32)
+        at = np.concatenate([[0], np.cumsum(count_G)])
+        for g in range(groups):
+            members_ND = sample_ND[order[at[g] : at[g + 1]]]
+            centroid_LD[start[g] : start[g + 1]] = _kmeans(members_ND, int(own_G[g]), seed + 1 + g)
+            on_progress(f"k-means: group {g + 1} of {groups}")
+        return cls(centroid_LD, start)._moved_to_means(sample_ND)
+
+    def assign(self, vector_ND: np.ndarray, *, reach: int = REACH) -> np.ndarray:
+        """(N,) int32: the nearest list of each vector, by squared distance, among its `reach` nearest groups."""
+        list_N = np.empty(len(vector_ND), np.int32)
+        tables = _Tables.of(self)
+        for begin in range(0, len(vector_ND), BLOCK):
+            block_ND = np.ascontiguousarray(vector_ND[begin : begin + BLOCK], dtype=np.float32)
+            list_N[begin : begin + BLOCK] = tables.assign(torch.from_numpy(block_ND), reach)
+        return list_N
+
+    def group_means(self) -> np.ndarray:
+        """(G, D) float32: what a vector is compared with first."""
+        sums_GD = np.add.reduceat(self.centroid_LD.astype(np.float64), self.group_start[:-1], axis=0)
+        return (sums_GD / np.diff(self.group_start)[:, None]).astype(np.float32)
+
+    def _moved_to_means(self, sample_ND: np.ndarray) -> Clusters:
+        """One Lloyd step over all lists, which mends the borders between groups; an empty list stays where it is."""
+        list_N = self.assign(sample_ND)
+        order = np.argsort(list_N, kind="stable")
+        count_L = np.bincount(list_N, minlength=self.lists)
+        filled = np.flatnonzero(count_L)
+        first = (np.cumsum(count_L) - count_L)[filled]
+        centroid_LD = self.centroid_LD.copy()
+        centroid_LD[filled] = np.add.reduceat(sample_ND[order], first, axis=0) / count_L[filled, None]
+        return Clusters(centroid_LD, self.group_start)
+
+
+@dataclass(frozen=True, slots=True)
+class _Tables:
+    """Centroids as matrices for x.c - |c|^2 / 2, whose largest value is the nearest centroid."""
+
+    group_DG: torch.Tensor
+    group_bias_G: torch.Tensor
+    member_DC: list[torch.Tensor]
+    member_bias_C: list[torch.Tensor]
+    start: np.ndarray
+
+    @classmethod
+    def of(cls, clusters: Clusters) -> _Tables:
+        def table(centroid_CD: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+            matrix_DC = torch.from_numpy(np.ascontiguousarray(centroid_CD.T))
+            return matrix_DC, -0.5 * (matrix_DC**2).sum(dim=0)
+
+        bounds = zip(clusters.group_start[:-1], clusters.group_start[1:], strict=True)
+        members = [table(clusters.centroid_LD[a:b]) for a, b in bounds]
+        group_DG, group_bias_G = table(clusters.group_means())
+        return cls(group_DG, group_bias_G, [m for m, _ in members], [b for _, b in members], clusters.group_start)
+
+    def assign(self, vector_ND: torch.Tensor, reach: int) -> np.ndarray:
+        n, groups = len(vector_ND), len(self.member_DC)
+        reach = min(reach, groups)
+        score_NG = torch.addmm(self.group_bias_G, vector_ND, self.group_DG)
+        near = score_NG.topk(reach, dim=1, sorted=False).indices.flatten()
+        order = torch.argsort(near, stable=True)
+        bounds = torch.cumsum(torch.bincount(near, minlength=groups), 0).tolist()
+        vector_of = order // reach
+        best_N, list_N = torch.full((n,), -torch.inf), torch.zeros(n, dtype=torch.int64)
+        begin = 0
+        for g, end in enumerate(bounds):
+            who = vector_of[begin:end]
+            begin = end
+            if not len(who):
+                continue
+            score, member = torch.addmm(self.member_bias_C[g], vector_ND[who], self.member_DC[g]).max(dim=1)
+            better = score > best_N[who]
+            who = who[better]
+            best_N[who], list_N[who] = score[better], member[better] + int(self.start[g])
+        return list_N.numpy().astype(np.int32)
+
+
+def _share_out(lists: int, count_G: np.ndarray) -> np.ndarray:
+    """Lists a group (G,) in proportion to its vectors, at least one, never more than vectors where that is possible."""
+    wish_G = lists * count_G / max(count_G.sum(), 1)
+    own_G = np.maximum(np.floor(wish_G).astype(np.int64), 1)
+    by_need = np.argsort(own_G - wish_G, kind="stable")
+    missing = lists - int(own_G.sum())
+    step = 1 if missing > 0 else -1
+    at = 0
+    while missing:
+        g = by_need[at % len(by_need)] if step > 0 else by_need[-1 - at % len(by_need)]
+        if own_G[g] + step >= 1:
+            own_G[g] += step
+            missing -= step
+        at += 1
+    return own_G
+
+
+def _kmeans(vector_ND: np.ndarray, k: int, seed: int) -> np.ndarray:
+    """(k, D) float32. With hardly more vectors than centroids the vectors themselves, repeated, are the centroids."""
+    if len(vector_ND) <= k:
+        if not len(vector_ND):
+            return np.zeros((k, vector_ND.shape[1]), np.float32)
+        return np.resize(vector_ND, (k, vector_ND.shape[1])).astype(np.float32)
+    kmeans = faiss.Kmeans(
+        vector_ND.shape[1], k, niter=ITERATIONS, seed=seed, min_points_per_centroid=1, max_points_per_centroid=256
+    )
+    kmeans.train(np.ascontiguousarray(vector_ND, dtype=np.float32))
+    return kmeans.centroids
+
+
+def _nearest(vector_ND: np.ndarray, centroid_CD: np.ndarray) -> np.ndarray:
+    one_group = Clusters(np.ascontiguousarray(centroid_CD), np.array([0, len(centroid_CD)]))
+    return one_group.assign(vector_ND)

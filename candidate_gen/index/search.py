@@ -1,0 +1,267 @@
+"""The video index: filtered inside the search, never short of results that exist, opened where it lies.
+
+Q queries, K results, D width, V rows of the catalogue (row 0 is nobody's). A search meets the nearest lists' codes, and
+the best of these again with the stored vectors: one call into FAISS. A filter that leaves few videos is answered by a
+scan of just these; a query that came up short is asked again over more lists.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import faiss as _faiss
+import numpy as np
+
+from candidate_gen.index.build import Progress, build, read_description, verify
+from candidate_gen.index.config import IndexConfig
+from candidate_gen.index.lists import InvertedLists
+from candidate_gen.index.shards import SpooledShards
+from candidate_gen.index.stored import StoredVectors
+from candidate_gen.index.trained import Trained
+
+faiss: Any = _faiss
+
+SCAN_BLOCK = 65_536
+
+
+@dataclass(frozen=True, slots=True)
+class Allowed:
+    """Rows that a search may return, made once by `VideoIndex.allow` and shared by any number of searches."""
+
+    bits: np.ndarray
+    """(V / 8,) uint8; bit r % 8 of byte r // 8 is row r: the layout IDSelectorBitmap reads."""
+    count: int
+    everything: bool
+    """No indexed row is left out: nothing needs to be tested."""
+
+
+class VideoIndex:
+    """Rows of `Entities` by inner product with a query; immutable, threads share it."""
+
+    def __init__(self, folder: Path) -> None:
+        """Open what `build` wrote and somebody has verified: a bundle's manifest, or `open`. Raises ValueError when a
+        file is not what index.json says."""
+        described, self.config = read_description(folder / "index.json")
+        self.folder, self.kind, self.n_rows = folder, described["kind"], described["n_rows"]
+        self.vectors = StoredVectors(folder / "stored.faiss")
+        """`vectors[rows]` decodes (n, D) float32."""
+        bits = np.load(folder / "indexed.npy", allow_pickle=False)
+        if self.vectors.n_rows != self.n_rows or len(bits) != -(-self.n_rows // 8):
+            raise ValueError(
+                f"{folder}: stored.faiss, indexed.npy and index.json differ in rows; build the index again"
+            )
+        self.everything = Allowed(bits, int(np.bitwise_count(bits).sum()), everything=True)
+        if self.everything.count != described["videos"]:
+            raise ValueError(f"{folder}: indexed.npy and index.json differ in videos; build the index again")
+        self.underfilled = 0
+        """Queries that were answered with fewer rows than exist; counted so that it can be watched to stay 0."""
+        if self.kind == "ivf":
+            self.trained = Trained.load(folder)
+            self._lists = InvertedLists(folder, self.trained, self.n_rows)
+            self._search = faiss.IndexRefine(self._lists.index, self.vectors.index)
+            self._probes = self.config.probes_for(self._lists.lists)
+        else:
+            self._flat_rows = _rows_of(bits)
+            self._flat_ND = self.vectors[self._flat_rows]
+
+    @classmethod
+    def build(
+        cls,
+        vectors: Iterable[tuple[np.ndarray, np.ndarray]],
+        n_rows: int,
+        config: IndexConfig,
+        folder: Path,
+        on_progress: Callable[[Progress], None] = lambda _: None,
+    ) -> VideoIndex:
+        """Index chunks of (rows, float32 vectors of length 1) that come once; see `build.build` for shards on disk."""
+        folder.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(dir=folder, prefix="spool-") as spool:
+            build(SpooledShards.write(vectors, Path(spool) / "v"), n_rows, config, folder, on_progress=on_progress)
+        return cls(folder)
+
+    @classmethod
+    def open(cls, folder: Path) -> VideoIndex:
+        """Hash every file, then open; a damaged one is refused by name before any parser sees it."""
+        verify(folder)
+        return cls(folder)
+
+    @property
+    def dim(self) -> int:
+        """D."""
+        return self.vectors.dim
+
+    def __len__(self) -> int:
+        return self.everything.count
+
+    def copy_to(self, folder: Path) -> None:
+        """The same index in another folder (created)."""
+        shutil.copytree(self.folder, folder)
+
+    def allow(self, rows: np.ndarray) -> Allowed:
+        """A filter from a bool a row (V,) or its packed bits (V / 8,) uint8, for as many searches as wanted."""
+        if rows.dtype == bool:
+            if len(rows) != self.n_rows:
+                raise ValueError(f"`allowed` has {len(rows)} rows, the index {self.n_rows}")
+            rows = np.packbits(rows, bitorder="little")
+        if len(rows) != len(self.everything.bits):
+            raise ValueError(f"`allowed` has {8 * len(rows)} bits, the index {self.n_rows} rows")
+        bits = rows & self.everything.bits
+        count = int(np.bitwise_count(bits).sum())
+        return Allowed(bits, count, everything=count == len(self))
+
+    def search(
+        self,
+        query_QD: np.ndarray,
+        k: int,
+        *,
+        allowed: Allowed | np.ndarray | None = None,
+        excluded_rows: np.ndarray | None = None,
+        probes: int | None = None,
+        rerank: int | None = None,
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Best rows (Q, k) int64 and scores (Q, k) float32, padded with -1 and -inf; k results wherever k exist.
+
+        `allowed` is a bool a row, or better an `Allowed` (nothing of the catalogue's size is then touched);
+        `excluded_rows` lists further rows to leave out: seen videos, blocked authors'. `probes` and `rerank` stand in
+        for the configuration's.
+        """
+        query_QD = np.ascontiguousarray(query_QD, dtype=np.float32)
+        if query_QD.ndim != 2 or query_QD.shape[1] != self.dim:
+            raise ValueError(f"queries have shape {query_QD.shape}; this index wants (any, {self.dim})")
+        if allowed is None:
+            allowed = self.everything
+        elif not isinstance(allowed, Allowed):
+            allowed = self.allow(allowed)
+        excluded = _distinct(excluded_rows, allowed.bits)
+        expected = min(k, allowed.count - len(excluded))
+        if expected <= 0 or not len(query_QD):
+            shape = (len(query_QD), max(k, 0))
+            return np.full(shape, -1, np.int64), np.full(shape, -np.inf, np.float32)
+        if self.kind == "flat" or allowed.count <= self.config.exact_below:
+            row_QK, score_QK = self._scan(query_QD, k, allowed, excluded)
+        else:
+            row_QK, score_QK = self._search_lists(query_QD, k, expected, allowed, excluded, probes, rerank)
+        self.underfilled += int(((row_QK >= 0).sum(axis=1) < expected).sum())
+        return row_QK, score_QK
+
+    def recall_against_exact(self, query_QD: np.ndarray, k: int) -> float:
+        """Mean share of a query's exact k best, by the stored vectors, that `search` finds."""
+        exact_QK, _ = self._scan(np.ascontiguousarray(query_QD, np.float32), k, self.everything, np.zeros(0, np.int64))
+        found_QK, _ = self.search(query_QD, k)
+        pairs = zip(exact_QK, found_QK, strict=True)
+        return float(np.mean([np.isin(exact[exact >= 0], found).mean() for exact, found in pairs]))
+
+    def _search_lists(
+        self,
+        query_QD: np.ndarray,
+        k: int,
+        expected: int,
+        allowed: Allowed,
+        excluded: np.ndarray,
+        probes: int | None,
+        rerank: int | None,
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Search the lists; queries that found fewer than `expected` are asked again over four times as many."""
+        lists = self._lists.lists
+        selector, keep = _selector(allowed, excluded)
+        probes = min(probes or self._first_probes(allowed.count), lists)
+        found = max(k, min(k * (rerank or self.config.rerank), self.config.rerank_at_most))
+        row_QK = np.full((len(query_QD), k), -1, np.int64)
+        score_QK = np.full((len(query_QD), k), -np.inf, np.float32)
+        open_queries = np.arange(len(query_QD))
+        while True:
+            params = _parameters(probes, found / k, selector)
+            everyone = len(open_queries) == len(query_QD)
+            score, row = self._search.search(query_QD if everyone else query_QD[open_queries], k, params=params)
+            row_QK[open_queries], score_QK[open_queries] = row, np.where(row >= 0, score, -np.inf)
+            if probes == lists:
+                break
+            open_queries = open_queries[(row < 0).sum(axis=1) > k - expected]
+            if not len(open_queries):
+                break
+            probes = min(4 * probes, lists)
+        del keep
+        return row_QK, score_QK
+
+    def _first_probes(self, n_allowed: int) -> int:
+        """The fewer videos pass, the further away the best of them lie: twice the lists for a quarter of the videos."""
+        return int(self._probes * np.sqrt(len(self) / n_allowed))
+
+    def _scan(
+        self, query_QD: np.ndarray, k: int, allowed: Allowed, excluded: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Exact search of the allowed rows, in pieces that fit the cache and the memory."""
+        n = len(query_QD)
+        best = np.full((n, k), -1, np.int64), np.full((n, k), -np.inf, np.float32)
+        if self.kind == "flat":
+            if allowed.everything and not len(excluded):
+                return _merge(best, self._flat_rows, query_QD @ self._flat_ND.T)
+            keep = _has(allowed.bits, self._flat_rows) & ~np.isin(self._flat_rows, excluded)
+            return _merge(best, self._flat_rows[keep], query_QD @ self._flat_ND[keep].T)
+        rows = np.setdiff1d(_rows_of(allowed.bits), excluded, assume_unique=True)
+        for start in range(0, len(rows), SCAN_BLOCK):
+            piece = rows[start : start + SCAN_BLOCK]
+            best = _merge(best, piece, query_QD @ self.vectors[piece].T)
+        return best
+
+
+def _parameters(probes: int, factor: float, selector: Any) -> Any:
+    scan = faiss.IVFSearchParameters(nprobe=probes, sel=selector)
+    rotate = faiss.SearchParametersPreTransform(index_params=scan)
+    return faiss.IndexRefineSearchParameters(k_factor=factor, base_index_params=rotate)
+
+
+def _selector(allowed: Allowed, excluded: np.ndarray) -> tuple[Any, list]:
+    """FAISS's selector, or None where every row passes, and what must live as long as it."""
+    parts: list[Any] = []
+    if not allowed.everything:
+        parts.append(faiss.IDSelectorBitmap(allowed.bits))
+    if len(excluded):
+        batch = faiss.IDSelectorBatch(excluded)
+        parts += [faiss.IDSelectorNot(batch), batch]
+    if not parts:
+        return None, parts
+    if allowed.everything or not len(excluded):
+        return parts[0], parts
+    both = faiss.IDSelectorAnd(parts[0], parts[1])
+    return both, [both, *parts]
+
+
+def _distinct(rows: np.ndarray | None, bits: np.ndarray) -> np.ndarray:
+    """Those of the rows whose bit is set, ascending, each once."""
+    if rows is None or not len(rows):
+        return np.zeros(0, np.int64)
+    rows = np.sort(rows)
+    rows = rows[np.append(True, rows[1:] != rows[:-1])]
+    return rows[_has(bits, rows)]
+
+
+def _has(bits: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """(len(rows),) bool: the bit of each row; rows beyond the bitmap have none."""
+    inside = (rows >= 0) & (rows < 8 * len(bits))
+    at = np.where(inside, rows, 0)
+    return inside & ((bits[at >> 3] >> (at & 7).astype(np.uint8)) & 1).astype(bool)
+
+
+def _rows_of(bits: np.ndarray) -> np.ndarray:
+    return np.flatnonzero(np.unpackbits(bits, bitorder="little"))
+
+
+def _merge(
+    best: tuple[np.ndarray, np.ndarray], rows_M: np.ndarray, score_QM: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """The k best of `best` and new columns, best first, ties by row; -1 and -inf pad."""
+    k = best[0].shape[1]
+    if len(rows_M) > 4 * k:
+        top_QK = np.argpartition(-score_QM, k, axis=1)[:, :k]
+        row_QM, score_QM = rows_M[top_QK], np.take_along_axis(score_QM, top_QK, 1)
+    else:
+        row_QM = np.broadcast_to(rows_M, score_QM.shape)
+    row_QM, score_QM = np.concatenate([best[0], row_QM], axis=1), np.concatenate([best[1], score_QM], axis=1)
+    order = np.lexsort((row_QM, -score_QM), axis=1)[:, :k]
+    return np.take_along_axis(row_QM, order, 1), np.take_along_axis(score_QM, order, 1)

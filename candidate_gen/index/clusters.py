@@ -20,9 +20,9 @@ import torch
 
 faiss: Any = _faiss  # its annotations know the C++ constructors, not the Python ones
 
-REACH = 8
-"""Groups whose centroids a vector is compared with: of trained video vectors (65,536 lists in 256 groups) this finds
-the truly nearest centroid for 99%."""
+REACH = 3
+"""Groups whose centroids a vector is compared with. Of trained video vectors in 16,384 lists of 128 groups 3 find the
+truly nearest centroid for 99.7%, 2 for 98.9%, 4 for 99.9%; the work grows with it."""
 BLOCK = 131_072
 """Vectors assigned together: enough rows a group for a good matrix product, few enough to stay near the cache."""
 ITERATIONS = 8
@@ -114,10 +114,10 @@ class _Tables:
         n, groups = len(vector_ND), len(self.member_DC)
         reach = min(reach, groups)
         score_NG = torch.addmm(self.group_bias_G, vector_ND, self.group_DG)
-        near = score_NG.topk(reach, dim=1, sorted=False).indices.flatten()
-        order = torch.argsort(near, stable=True)
+        near = _largest(score_NG, reach)
+        order = np.argsort(near.numpy().astype(np.int16), kind="stable")  # 16 bits: numpy then sorts by radix
         bounds = torch.cumsum(torch.bincount(near, minlength=groups), 0).tolist()
-        vector_of = order // reach
+        vector_of = torch.from_numpy(order // reach)
         best_N, list_N = torch.full((n,), -torch.inf), torch.zeros(n, dtype=torch.int64)
         begin = 0
         for g, end in enumerate(bounds):
@@ -130,6 +130,17 @@ class _Tables:
             who = who[better]
             best_N[who], list_N[who] = score[better], member[better] + int(self.start[g])
         return list_N.numpy().astype(np.int32)
+
+
+def _largest(score_NG: torch.Tensor, count: int) -> torch.Tensor:
+    """(N * count,) columns of each row's largest values, row after row; destroys the scores. For a few columns this
+    takes two thirds of `topk`'s time."""
+    found = torch.empty((len(score_NG), count), dtype=torch.int64)
+    for at in range(count):
+        column_N1 = score_NG.argmax(dim=1, keepdim=True)
+        found[:, at : at + 1] = column_N1
+        score_NG.scatter_(1, column_N1, -torch.inf)
+    return found.flatten()
 
 
 def _share_out(lists: int, count_G: np.ndarray) -> np.ndarray:

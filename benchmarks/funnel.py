@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -21,7 +19,6 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +27,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.machine import cpu_s, describe
 from features.artifacts import Registry
 from serving.client import FeedClient
 from serving.messages import FeedResponse, Level
@@ -60,7 +58,7 @@ def main() -> None:
 
 def measure(registry: Path, n_requests: int, n_clients: int) -> dict[str, Any]:
     """All figures of one run."""
-    machine = _machine()
+    machine = describe(("torch", "torchrec", "faiss-cpu", "grpcio", "numpy"))
     bundle = Registry(registry).open()
     users = np.load(bundle.path("users/users_ids.npy"), mmap_mode="r", allow_pickle=False)
     now_ms = (
@@ -118,13 +116,13 @@ def show(figures: dict[str, Any], console: Console) -> None:
 
 def _alone(client: FeedClient, users: list[int], now_ms: int, pid: int) -> dict[str, Any]:
     latencies, answers = [], []
-    cpu_s, start = _cpu_s(pid), time.perf_counter()
+    cpu, start = cpu_s(pid), time.perf_counter()
     for user in users:
         at = time.perf_counter()
         answers.append(client.get_feed(user, k=K, now_ms=now_ms))
         latencies.append(time.perf_counter() - at)
     wall_s = time.perf_counter() - start
-    figures = _figures(1, latencies, answers, wall_s, _cpu_s(pid) - cpu_s)
+    figures = _figures(1, latencies, answers, wall_s, cpu_s(pid) - cpu)
     names = [stage.name for stage in answers[0].stages]
     by_stage = {name: [s.ms for a in answers for s in a.stages if s.name == name] for name in names}
     stages_ms = {name: float(np.median(values)) for name, values in by_stage.items()}
@@ -150,17 +148,17 @@ def _together(address: str, users: list[int], now_ms: int, n_clients: int, pid: 
                     latencies.append(time.perf_counter() - at)
 
     threads = [threading.Thread(target=one, args=(users[i::n_clients],)) for i in range(n_clients)]
-    cpu_s, start = _cpu_s(pid), time.perf_counter()
+    cpu, start = cpu_s(pid), time.perf_counter()
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     wall_s = time.perf_counter() - start
-    return {**_figures(n_clients, latencies, answers, wall_s, _cpu_s(pid) - cpu_s), "refused": dict(Counter(refused))}
+    return {**_figures(n_clients, latencies, answers, wall_s, cpu_s(pid) - cpu), "refused": dict(Counter(refused))}
 
 
 def _figures(
-    clients: int, latencies: list[float], answers: list[FeedResponse], wall_s: float, cpu_s: float
+    clients: int, latencies: list[float], answers: list[FeedResponse], wall_s: float, server_cpu_s: float
 ) -> dict[str, Any]:
     return {
         "clients": clients,
@@ -169,7 +167,7 @@ def _figures(
         "p99_ms": float(np.percentile(latencies, 99) * 1000),
         "per_s": len(answers) / wall_s,
         "wall_s": wall_s,
-        "server_cpu_s": cpu_s,
+        "server_cpu_s": server_cpu_s,
         "not_full": sum(answer.level != Level.FULL for answer in answers),
         "short": sum(len(answer.items) < K for answer in answers),
     }
@@ -186,27 +184,6 @@ def _server(registry: Path, store: Path) -> Iterator[tuple[int, str]]:
             yield process.pid, line.split()[0]
         finally:
             process.terminate()
-
-
-def _cpu_s(pid: int) -> float:
-    """User and system time of a process (Linux, /proc/PID/stat fields 14 and 15)."""
-    fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-
-
-def _machine() -> dict[str, Any]:
-    names = [
-        line.split(":", 1)[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line
-    ]
-    packages = ("torch", "torchrec", "faiss-cpu", "grpcio", "numpy")
-    return {
-        "cpu": names[0] if names else platform.processor(),
-        "cores": len(os.sched_getaffinity(0)),
-        "load_average": os.getloadavg()[0],
-        "versions": ", ".join(
-            [f"Python {platform.python_version()}", *(f"{name} {version(name)}" for name in packages)]
-        ),
-    }
 
 
 if __name__ == "__main__":

@@ -103,22 +103,19 @@ def build(
         watch.say(done, videos)
     watch.stage("merge")
     names = _merge(work, folder, shards, n_rows, kind, watch)
-    watch.stage("hash")
-    described = {
-        "format": FORMAT,
-        "kind": kind,
-        "videos": videos,
-        "n_rows": n_rows,
-        "lists": lists,
-        "config": asdict(config),
-        "build_s": {name: round(s, 3) for name, s in watch.seconds.items()},
-        "files": {name: _digest(folder / name) for name in names},
-    }
+    watch.say()
+    described = {"kind": kind, "videos": videos, "n_rows": n_rows, "lists": lists, "config": asdict(config)}
+    describe(folder, {**described, "build_s": {name: round(s, 3) for name, s in watch.seconds.items()}}, names)
+    shutil.rmtree(work)
+
+
+def describe(folder: Path, described: dict[str, Any], names: Sequence[str]) -> None:
+    """Write index.json with the hash of each file and of itself; with it the index is complete."""
+    described = {**described, "format": FORMAT, "files": {name: _digest(folder / name) for name in names}}
     described["sha256"] = _digest_of(described)
     temporary = folder / "index.json.tmp"
     temporary.write_text(json.dumps(described, indent=2, sort_keys=True))
     os.replace(temporary, folder / "index.json")
-    shutil.rmtree(work)
 
 
 def _work_folder(folder: Path, shards: Shards, n_rows: int, config: IndexConfig) -> Path:

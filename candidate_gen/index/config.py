@@ -33,8 +33,8 @@ class IndexConfig:
     int8."""
     rerank: int = 4
     """Codes find `rerank` times k videos, the stored vectors pick k of them ..."""
-    rerank_at_most: int = 1024
-    """... but never more than this many or k."""
+    rerank_at_most: int = 2048
+    """... but never more than this many, or k where that is more."""
     train_per_list: int = 40
     """Vectors sampled for training, a list; FAISS asks for 39 or more."""
     seed: int = 1

@@ -170,7 +170,7 @@ class VideoIndex:
         lists = self._lists.lists
         selector, keep = _selector(allowed, excluded)
         probes = min(probes or self._first_probes(allowed.count), lists)
-        found = max(k, min(k * (rerank or self.config.rerank), self.config.rerank_at_most))
+        found = k * rerank if rerank else max(k, min(k * self.config.rerank, self.config.rerank_at_most))
         row_QK = np.full((len(query_QD), k), -1, np.int64)
         score_QK = np.full((len(query_QD), k), -np.inf, np.float32)
         open_queries = np.arange(len(query_QD))

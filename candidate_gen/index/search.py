@@ -19,6 +19,7 @@ import numpy as np
 
 from candidate_gen.index.build import Progress, build, read_description, verify
 from candidate_gen.index.config import IndexConfig
+from candidate_gen.index.exact import ExactScan
 from candidate_gen.index.lists import InvertedLists
 from candidate_gen.index.shards import SpooledShards
 from candidate_gen.index.stored import StoredVectors
@@ -43,9 +44,10 @@ class Allowed:
 class VideoIndex:
     """Rows of `Entities` by inner product with a query; immutable, threads share it."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, device: str = "cpu") -> None:
         """Open what `build` wrote and somebody has verified: a bundle's manifest, or `open`. Raises ValueError when a
-        file is not what index.json says."""
+        file is not what index.json says. On another device than the CPU ("cuda") every search is exact: all vectors
+        are held there in float16, and the lists stay closed."""
         described, self.config = read_description(folder / "index.json")
         self.folder, self.kind, self.n_rows = folder, described["kind"], described["n_rows"]
         self.vectors = StoredVectors(folder / "stored.faiss")
@@ -60,14 +62,17 @@ class VideoIndex:
             raise ValueError(f"{folder}: indexed.npy and index.json differ in videos; build the index again")
         self.underfilled = 0
         """Queries that were answered with fewer rows than exist; counted so that it can be watched to stay 0."""
+        if self.kind == "flat" or device != "cpu":
+            self._exact = ExactScan(self.vectors, _rows_of(bits), device)
+        else:
+            self._exact = None
         if self.kind == "ivf":
             self.trained = Trained.load(folder)
             self._lists = InvertedLists(folder, self.trained, self.n_rows)
-            self._search = faiss.IndexRefine(self._lists.index, self.vectors.index)
+            self._batched, self._single = (
+                faiss.IndexRefine(scan.index, self.vectors.index) for scan in (self._lists.batched, self._lists.single)
+            )
             self._probes = self.config.probes_for(self._lists.lists)
-        else:
-            self._flat_rows = _rows_of(bits)
-            self._flat_ND = self.vectors[self._flat_rows]
 
     @classmethod
     def build(
@@ -142,7 +147,9 @@ class VideoIndex:
         if expected <= 0 or not len(query_QD):
             shape = (len(query_QD), max(k, 0))
             return np.full(shape, -1, np.int64), np.full(shape, -np.inf, np.float32)
-        if self.kind == "flat" or allowed.count <= self.config.exact_below:
+        if self._exact is not None:
+            row_QK, score_QK = self._exact.search(query_QD, k, None if allowed.everything else allowed.bits, excluded)
+        elif allowed.count <= self.config.exact_below:
             row_QK, score_QK = self._scan(query_QD, k, allowed, excluded)
         else:
             row_QK, score_QK = self._search_lists(query_QD, k, expected, allowed, excluded, probes, rerank)
@@ -169,6 +176,7 @@ class VideoIndex:
         """Search the lists; queries that found fewer than `expected` are asked again over four times as many."""
         lists = self._lists.lists
         selector, keep = _selector(allowed, excluded)
+        index = self._single if len(query_QD) == 1 else self._batched
         probes = min(probes or self._first_probes(allowed.count), lists)
         found = k * rerank if rerank else max(k, min(k * self.config.rerank, self.config.rerank_at_most))
         row_QK = np.full((len(query_QD), k), -1, np.int64)
@@ -177,7 +185,7 @@ class VideoIndex:
         while True:
             params = _parameters(probes, found / k, selector)
             everyone = len(open_queries) == len(query_QD)
-            score, row = self._search.search(query_QD if everyone else query_QD[open_queries], k, params=params)
+            score, row = index.search(query_QD if everyone else query_QD[open_queries], k, params=params)
             row_QK[open_queries], score_QK[open_queries] = row, np.where(row >= 0, score, -np.inf)
             if probes == lists:
                 break
@@ -198,11 +206,6 @@ class VideoIndex:
         """Exact search of the allowed rows, in pieces that fit the cache and the memory."""
         n = len(query_QD)
         best = np.full((n, k), -1, np.int64), np.full((n, k), -np.inf, np.float32)
-        if self.kind == "flat":
-            if allowed.everything and not len(excluded):
-                return _merge(best, self._flat_rows, query_QD @ self._flat_ND.T)
-            keep = _has(allowed.bits, self._flat_rows) & ~np.isin(self._flat_rows, excluded)
-            return _merge(best, self._flat_rows[keep], query_QD @ self._flat_ND[keep].T)
         rows = np.setdiff1d(_rows_of(allowed.bits), excluded, assume_unique=True)
         for start in range(0, len(rows), SCAN_BLOCK):
             piece = rows[start : start + SCAN_BLOCK]

@@ -109,7 +109,7 @@ def test_lists_on_disk_answer_as_faiss_s_own_in_memory(tmp_path: Path) -> None:
     expected_scores, expected = theirs.search(np.ascontiguousarray(queries @ trained.rotation_RD.T), 50)
     params = faiss.SearchParametersPreTransform(index_params=faiss.IVFSearchParameters(nprobe=10))
     ours = InvertedLists(tmp_path, trained, 5001)
-    scores, found = ours.index.search(queries, 50, params=params)
+    scores, found = ours.batched.index.search(queries, 50, params=params)
     assert (np.abs(scores - expected_scores) < 1e-5).mean() > 0.9  # vectors between two lists may go either way
     assert np.mean([np.isin(a, b).mean() for a, b in zip(found, expected, strict=True)]) > 0.99  # equal scores swap
     assert np.array_equal(np.sort(ours.rows()), rows)

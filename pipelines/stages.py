@@ -17,7 +17,7 @@ import polars as pl
 from candidate_gen.index import VideoIndex
 from candidate_gen.infer import Towers
 from candidate_gen.model import TowerConfig
-from candidate_gen.train import TowersTask, features_at, index_instant
+from candidate_gen.train import TowersTask
 from features.artifacts import Registry
 from features.dataset import Dataset
 from features.hashing import collision_rate
@@ -26,7 +26,9 @@ from features.spec import Categorical
 from pipelines import ingest as ingestion
 from pipelines.adapters import Adapter
 from pipelines.baselines import popular_videos
+from pipelines.cluster import usable_cpus
 from pipelines.console import Stage
+from pipelines.embed import Catalogue, embed
 from pipelines.evaluate_ranking import (
     evaluate_protocol,
     evaluate_tasks,
@@ -47,7 +49,6 @@ from ranking.train import RankerTask
 from serving.bundle import write_bundle
 from serving.golden import record
 
-EMBED_CHUNK = 8192
 Oracle = Callable[[np.ndarray, np.ndarray, np.ndarray], dict[str, np.ndarray]]
 """(user_id, video_id, ts_ms) -> true probability a signal; only a simulated world has one."""
 
@@ -195,18 +196,16 @@ def _ranker_task(folder: Path, config: RankerConfig, train: tuple[str, ...], val
 
 
 def _embed_and_index(ws: Workspace, dataset: Dataset, test_dates: tuple[str, ...], stage: Stage) -> VideoIndex:
-    """Chunk by chunk, as of the first of the dates, or of the log's end without any."""
-    towers = Towers.load(ws.towers)
-    day, now_ms = index_instant(dataset, test_dates)
+    """Shard by shard, as of the first of the dates, or of the log's end without any."""
+    source = Catalogue.of(ws.dataset_dir, ws.towers, test_dates)
+    folder = ws.vectors / ("evaluated" if test_dates else "published")
+    shards = embed(source, folder, workers=usable_cpus(), on_progress=lambda p: stage.progress(str(p)))
     n_rows = len(dataset.videos) + 1
-
-    def embedded() -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        for start in range(1, n_rows, EMBED_CHUNK):
-            rows = np.arange(start, min(start + EMBED_CHUNK, n_rows))
-            yield rows, towers.video_vectors(dataset.videos, rows, features_at(dataset, rows, day, now_ms))
-
     return VideoIndex.build(
-        embedded(), n_rows, ws.recipe.index, on_progress=lambda n: stage.progress(f"{n:,} of {n_rows - 1:,} videos")
+        ((shard.rows, shard.vectors()) for shard in shards),
+        n_rows,
+        ws.recipe.index,
+        on_progress=lambda n: stage.progress(f"{n:,} of {n_rows - 1:,} videos indexed"),
     )
 
 

@@ -37,7 +37,7 @@ from pipelines import stages
 from pipelines.adapters.canonical import CanonicalAdapter
 from pipelines.cluster import ClusterConfig, cluster
 from pipelines.console import Stages
-from pipelines.embed import embed, split_rows, tower_digest
+from pipelines.embed import embed, opened, split_rows, tower_digest
 from pipelines.evaluate_retrieval import make_queries, user_vectors
 from pipelines.recipes import recipe
 from pipelines.workspace import Workspace
@@ -165,7 +165,7 @@ class Generated:
     def blocks(self, shard: int) -> Iterator[np.ndarray]:
         """Drawn, encoded and embedded BLOCK_ROWS at a time."""
         ws = Workspace.open(self.run)
-        towers, maker = Towers.load(ws.towers), VideoMaker.of(ws, self.config)
+        towers, maker = opened(ws.towers, self.towers), VideoMaker.of(ws, self.config)
         rows = self.rows()[shard]
         for start in range(rows.start, rows.stop, BLOCK_ROWS):
             videos, candidate_dense_NC = maker.block(start, min(BLOCK_ROWS, rows.stop - start))

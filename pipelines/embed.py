@@ -16,6 +16,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Protocol
 
@@ -114,10 +115,9 @@ class Catalogue:
     @classmethod
     def of(cls, dataset_dir: Path, towers_dir: Path, dates: tuple[str, ...]) -> Catalogue:
         """With the towers that lie in the folder now."""
-        dim = Towers.load(towers_dir).dim
-        return cls(
-            dataset_dir=dataset_dir, towers_dir=towers_dir, towers=tower_digest(towers_dir), dates=dates, dim=dim
-        )
+        digest = tower_digest(towers_dir)
+        dim = opened(towers_dir, digest).dim
+        return cls(dataset_dir=dataset_dir, towers_dir=towers_dir, towers=digest, dates=dates, dim=dim)
 
     def rows(self) -> list[range]:
         """Rows 1 .. V of the catalogue, `shard_rows` a shard."""
@@ -126,18 +126,19 @@ class Catalogue:
     def fingerprint(self, shard: int) -> str:
         """Of the towers and of what the shard's videos are encoded as: new videos leave other shards alone."""
         digest = xxhash.xxh3_128(f"{FORMAT} {self.towers}".encode())
-        for block in self._inputs(shard):
+        for block in self.inputs(shard):
             for array in block:
                 digest.update(np.ascontiguousarray(array).tobytes())
         return digest.hexdigest()
 
     def blocks(self, shard: int) -> Iterator[np.ndarray]:
         """Read, look up, multiply; `block_rows` videos at a time."""
-        towers, columns = Towers.load(self.towers_dir), Dataset.load(self.dataset_dir).videos.columns
-        for sparse_NW, dense_ND, candidate_dense_NC in self._inputs(shard):
+        towers, columns = opened(self.towers_dir, self.towers), Dataset.load(self.dataset_dir).videos.columns
+        for sparse_NW, dense_ND, candidate_dense_NC in self.inputs(shard):
             yield towers.embed(columns, sparse_NW, dense_ND, candidate_dense_NC)
 
-    def _inputs(self, shard: int) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    def inputs(self, shard: int) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        """Sparse slots, dense features and (video, instant) features of the shard's videos, a block at a time."""
         dataset = Dataset.load(self.dataset_dir)
         day, now_ms = index_instant(dataset, self.dates)
         of_shard = self.rows()[shard]
@@ -214,6 +215,14 @@ def split_rows(n_videos: int, shard_rows: int) -> list[range]:
     """Rows 1 .. n_videos (row 0 is the unknown video) in shards."""
     end = n_videos + 1
     return [range(start, min(start + shard_rows, end)) for start in range(1, end, shard_rows)]
+
+
+@lru_cache(maxsize=1)
+def opened(towers_dir: Path, digest: str) -> Towers:
+    """The towers in the folder, read once a process and shared by its shards; `digest` is their `tower_digest`."""
+    if (found := tower_digest(towers_dir)) != digest:
+        raise ValueError(f"{towers_dir} holds towers {found[:12]}, this corpus wants {digest[:12]}: embed again")
+    return Towers.load(towers_dir)
 
 
 def tower_digest(towers_dir: Path) -> str:

@@ -13,11 +13,11 @@ import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch.nn import functional
 
+from candidate_gen.bulk import BulkVideoTower
 from candidate_gen.model import TowerConfig, TowerSizes, TowersModel
 from candidate_gen.train import FORMAT
-from features.batch import to_batch, to_kjt
+from features.batch import to_batch
 from features.entities import Entities, SparseColumns
 from features.inputs import Inputs
 
@@ -44,20 +44,20 @@ class Towers:
     def video_vectors(self, videos: Entities, rows: np.ndarray, candidate_dense_NC: np.ndarray) -> np.ndarray:
         """(n, D) float32, L2-normalised, as of the instant that `candidate_dense_NC` (`train.features_at`) describes;
         call it chunk by chunk for a large catalogue."""
-        self._check(videos.columns, self._model.sizes.video_tables, "video")
-        wanted = (len(rows), self._model.sizes.candidate_dense)
+        return self.embed(videos.columns, videos.sparse[rows], videos.dense[rows], candidate_dense_NC)
+
+    def embed(
+        self, columns: SparseColumns, sparse_NW: np.ndarray, dense_ND: np.ndarray, candidate_dense_NC: np.ndarray
+    ) -> np.ndarray:
+        """`video_vectors` of encoded videos that are in no `Entities`: their sparse slots and dense features."""
+        self._check(columns, self._model.sizes.video_tables, "video")
+        wanted = (len(sparse_NW), self._model.sizes.candidate_dense)
         if candidate_dense_NC.shape != wanted:
             raise ValueError(
                 f"candidate_dense_NC has shape {candidate_dense_NC.shape}, these towers want {wanted}: "
                 "one row a video, counters and age as candidate_gen.train.features_at gives them"
             )
-        if len(rows) == 0:
-            return np.zeros((0, self.dim), np.float32)
-        sparse_NW, dense_ND = np.asarray(videos.sparse[rows]), np.asarray(videos.dense[rows])
-        with torch.inference_mode():
-            vector_NE = self._model.encode_videos(to_kjt(sparse_NW, videos.columns), torch.from_numpy(dense_ND))
-            prior_N = self._model.prior(torch.from_numpy(np.ascontiguousarray(candidate_dense_NC, np.float32)))
-            return self._model.place_videos(functional.normalize(vector_NE, dim=-1), prior_N).numpy()
+        return BulkVideoTower(self._model, columns)(sparse_NW, dense_ND, candidate_dense_NC)
 
     def user_vectors(self, inputs: Inputs) -> np.ndarray:
         """(B, D) float32, L2-normalised: each user after the last event of the history, at the request's time."""

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TypeVar
+
+T = TypeVar("T")
 
 LOCAL_SETTINGS = {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -57,6 +60,44 @@ def cluster(config: ClusterConfig) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def spread(
+    work: Callable[[int], T],
+    numbers: Sequence[int],
+    *,
+    workers: int,
+    where: ClusterConfig = ClusterConfig(),
+) -> Iterator[T]:
+    """work(number) for each number, as they finish: one after another in this process for one worker or one number,
+    else as Ray tasks of one thread, at most `workers` at a time. A task whose process dies is run again by Ray."""
+    if workers <= 1 or len(numbers) <= 1:
+        yield from map(work, numbers)
+        return
+    with cluster(where):
+        import ray
+
+        @ray.remote(num_cpus=1)
+        def task(number: int) -> T:
+            _one_thread()
+            return work(number)
+
+        waiting, running = list(reversed(numbers)), set()
+        while waiting or running:
+            while waiting and len(running) < workers:
+                running.add(task.remote(waiting.pop()))
+            ready, _ = ray.wait(list(running))
+            running -= set(ready)
+            yield from ray.get(ready)
+
+
+def _one_thread() -> None:
+    """Workers share the cores as processes; threads of each would only wait for one another."""
+    import faiss
+    import torch
+
+    torch.set_num_threads(1)
+    faiss.omp_set_num_threads(1)
 
 
 def usable_cpus() -> int:

@@ -9,15 +9,16 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import polars as pl
 
-from candidate_gen.index import VideoIndex
+from candidate_gen.index import VideoIndex, build
 from candidate_gen.infer import Towers
 from candidate_gen.model import TowerConfig
-from candidate_gen.train import TowersTask, features_at, index_instant
+from candidate_gen.train import TowersTask
 from features.artifacts import Registry
 from features.dataset import Dataset
 from features.hashing import collision_rate
@@ -26,7 +27,9 @@ from features.spec import Categorical
 from pipelines import ingest as ingestion
 from pipelines.adapters import Adapter
 from pipelines.baselines import popular_videos
+from pipelines.cluster import spread, usable_cpus
 from pipelines.console import Stage
+from pipelines.embed import Catalogue, Embedded, embed
 from pipelines.evaluate_ranking import (
     evaluate_protocol,
     evaluate_tasks,
@@ -47,7 +50,6 @@ from ranking.train import RankerTask
 from serving.bundle import write_bundle
 from serving.golden import record
 
-EMBED_CHUNK = 8192
 Oracle = Callable[[np.ndarray, np.ndarray, np.ndarray], dict[str, np.ndarray]]
 """(user_id, video_id, ts_ms) -> true probability a signal; only a simulated world has one."""
 
@@ -195,19 +197,17 @@ def _ranker_task(folder: Path, config: RankerConfig, train: tuple[str, ...], val
 def _embed_and_index(
     ws: Workspace, dataset: Dataset, test_dates: tuple[str, ...], folder: Path, stage: Stage
 ) -> VideoIndex:
-    """Chunk by chunk, as of the first of the dates, or of the log's end without any."""
-    towers = Towers.load(ws.towers)
-    day, now_ms = index_instant(dataset, test_dates)
-    n_rows = len(dataset.videos) + 1
+    """Shard by shard, as of the first of the dates, or of the log's end without any."""
+    source = Catalogue.of(ws.dataset_dir, ws.towers, test_dates)
+    vectors, workers = ws.vectors / ("evaluated" if test_dates else "published"), usable_cpus()
 
-    def embedded() -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        for start in range(1, n_rows, EMBED_CHUNK):
-            rows = np.arange(start, min(start + EMBED_CHUNK, n_rows))
-            yield rows, towers.video_vectors(dataset.videos, rows, features_at(dataset, rows, day, now_ms))
+    def tell(progress: object) -> None:
+        stage.progress(str(progress))
 
-    return VideoIndex.build(
-        embedded(), n_rows, ws.recipe.index, folder, on_progress=lambda p: stage.progress(str(p))
-    )
+    shards = Embedded(tuple(embed(source, vectors, workers=workers, on_progress=tell)))
+    encode = partial(spread, workers=workers)
+    build(shards, len(dataset.videos) + 1, ws.recipe.index, folder, parallel=encode, on_progress=tell)
+    return VideoIndex.open(folder)
 
 
 def _collisions(dataset: Dataset) -> Iterator[tuple[str, float]]:

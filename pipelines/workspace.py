@@ -3,6 +3,7 @@
 RUN/recipe.json       the full configuration          RUN/towers/  RUN/ranker/    exported models, training results
 RUN/canonical/        ingested tables, quarantine     RUN/index/                  vectors and FAISS index
 RUN/dataset/          encoded, memory-mapped          RUN/metrics.json            what evaluation found
+RUN/vectors/          video vectors in shards
 RUN/run.json          stages, times, gate, feeds      RUN/report.html             the same for people
 RUN/registry/         bundles and LIVE; `--registry` puts it elsewhere
 """
@@ -72,6 +73,11 @@ class Workspace:
     def training(self) -> Path:
         """Checkpoints and training results."""
         return self.root / "training"
+
+    @property
+    def vectors(self) -> Path:
+        """Video vectors in shards, a folder an instant."""
+        return self.root / "vectors"
 
     @property
     def index(self) -> Path:

@@ -182,12 +182,13 @@ def draw_fans(config: WorldConfig, users: Users, authors: Authors, rng: np.rando
     return np.unique(user_F * config.n_authors + author_F)
 
 
-def content_embeddings(config: WorldConfig, videos: Videos) -> np.ndarray:
-    """float32 (V, content_dim): topics, quality and clickbait through one random matrix, plus noise."""
+def content_embeddings(config: WorldConfig, videos: Videos, noise: np.random.Generator | None = None) -> np.ndarray:
+    """float32 (V, content_dim): topics, quality and clickbait through one random matrix, plus noise; videos beyond the
+    world's own bring a generator for theirs."""
     rng = stream(config, 5)
     V, K = len(videos.ids), config.topics
     mixing = rng.normal(0, config.content_dim**-0.5, (K + 2, config.content_dim)).astype(np.float32)
-    content = rng.normal(0, 1, (V, config.content_dim)).astype(np.float32) * np.float32(config.content_noise)
+    content = (noise or rng).normal(0, 1, (V, config.content_dim)).astype(np.float32) * np.float32(config.content_noise)
     content += videos.topic_weight_V[:, None].astype(np.float32) * mixing[videos.topic_V]
     content += videos.second_weight_V[:, None].astype(np.float32) * mixing[videos.second_topic_V]
     content += videos.quality_V[:, None].astype(np.float32) * mixing[K]

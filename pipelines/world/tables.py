@@ -44,13 +44,14 @@ def users_table(users: Users) -> pa.Table:
     return pa.table(columns, schema=schema)
 
 
-def videos_table(config: WorldConfig, world: Population) -> pa.Table:
-    """Tags are the main topic, and the second where it has at least a quarter of the main one's weight."""
+def videos_table(config: WorldConfig, world: Population, noise: np.random.Generator | None = None) -> pa.Table:
+    """Tags are the main topic, and the second where it has at least a quarter of the main one's weight. `noise` as in
+    `content_embeddings`."""
     videos = world.videos
     V = len(videos.ids)
     second_V = videos.second_weight_V >= 0.25 * videos.topic_weight_V
     both_V2 = np.stack([videos.topic_V, videos.second_topic_V], axis=1)
-    content = content_embeddings(config, videos)
+    content = content_embeddings(config, videos, noise)
     columns = {
         "video_id": videos.ids,
         "author_id": world.authors.ids[videos.author_V],

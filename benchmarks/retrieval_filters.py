@@ -26,7 +26,8 @@ from rich.table import Table
 from benchmarks import machine, measure, our_index
 from benchmarks.building import built
 from benchmarks.process import FreshProcess
-from benchmarks.vectors import Corpus, exact_answers, exact_top, numbered
+from benchmarks.vectors import Corpus, exact_answers, numbered
+from candidate_gen.index.check import exact_top
 
 SHARES = (0.5, 0.1, 0.01, 0.001)
 SEEN, SEEN_AMONG = 2_000, 10_000

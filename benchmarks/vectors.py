@@ -14,6 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
+from candidate_gen.index.check import exact_top
+
 
 @dataclass(frozen=True, slots=True)
 class Corpus:
@@ -82,34 +84,6 @@ class Corpus:
         if query_QD.ndim != 2 or query_QD.shape[1] != self.dim:
             raise ValueError(f"{self.folder / name} has shape {query_QD.shape}, the videos are {self.dim} wide")
         return np.array(query_QD[:count], np.float32)
-
-
-def exact_top(
-    blocks: Iterable[tuple[np.ndarray, np.ndarray]],
-    query_QD: np.ndarray,
-    k: int,
-    on_progress: Callable[[int], None] | None = None,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Numbers (Q, k) and scores (Q, k) of each query's best videos by inner product in float32, best first.
-
-    `blocks` are (numbers (B,), vectors (B, D)). A block's scores are sorted only for the queries it can still improve,
-    few after the first blocks. Padded with -1 and -inf.
-    """
-    best_QK = np.full((len(query_QD), k), -1, np.int64)
-    score_QK = np.full((len(query_QD), k), -np.inf, np.float32)
-    for number_B, vector_BD in blocks:
-        if len(number_B):
-            score_QB = query_QD @ vector_BD.astype(np.float32).T
-            better = np.flatnonzero(score_QB.max(axis=1) > score_QK[:, -1])
-            scores = np.concatenate([score_QK[better], score_QB[better]], axis=1)
-            top = np.argpartition(-scores, k - 1, axis=1)[:, :k]
-            top = np.take_along_axis(top, np.argsort(-np.take_along_axis(scores, top, 1), axis=1, kind="stable"), 1)
-            score_QK[better] = np.take_along_axis(scores, top, 1)
-            known = np.take_along_axis(best_QK[better], np.minimum(top, k - 1), 1)
-            best_QK[better] = np.where(top < k, known, number_B[np.maximum(top - k, 0)])
-        if on_progress is not None:
-            on_progress(len(number_B))
-    return best_QK, score_QK
 
 
 def numbered(blocks: Iterable[tuple[int, np.ndarray]]) -> Iterator[tuple[np.ndarray, np.ndarray]]:

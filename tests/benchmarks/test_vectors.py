@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks.vectors import Corpus, exact_answers, exact_top, numbered
+from benchmarks.vectors import Corpus, exact_answers, numbered
+from candidate_gen.index.check import exact_top
 
 
 def plain(vector_ND: np.ndarray, query_QD: np.ndarray, k: int) -> np.ndarray:

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from candidate_gen.index import IndexConfig, VideoIndex, build
+from candidate_gen.index.check import recall_against_shards
 from candidate_gen.index.clusters import Clusters
 from candidate_gen.index.codes import Codebook, pack
 from candidate_gen.index.lists import InvertedLists
@@ -198,3 +199,15 @@ def test_an_index_can_take_over_the_lists_and_codes_of_another(tmp_path: Path) -
     second = VideoIndex(tmp_path / "second")
     assert np.array_equal(second.trained.clusters.centroid_LD, first.trained.clusters.centroid_LD)
     assert second.recall_against_exact(videos(20, 4), 20) > 0.9
+
+
+def test_what_the_index_loses_is_counted_against_the_vectors_it_was_built_from(tmp_path: Path) -> None:
+    x, queries = videos(6000, 1), videos(20, 2)
+    corpus = Corpus(x, 3)
+    build(corpus, 6001, IndexConfig(kind="ivf", lists=40, exact_below=0, probes=2), tmp_path)
+    index = VideoIndex(tmp_path)
+    exact = np.argsort(-(queries @ x.T), axis=1)[:, :50] + 1
+    found, _ = index.search(queries, 50)
+    shares = [len(set(a) & set(b)) / 50 for a, b in zip(exact, found, strict=True)]
+    assert recall_against_shards(index, corpus, queries, 50) == pytest.approx(np.mean(shares))
+    assert np.mean(shares) < 1.0

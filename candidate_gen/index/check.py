@@ -39,21 +39,21 @@ def exact_top(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Numbers (Q, k) and scores (Q, k) of each query's best videos by inner product in float32, best first.
 
-    `blocks` are (numbers (N,), vectors (N, D)). A block's scores are sorted only for the queries it can still improve,
-    few after the first blocks. Padded with -1 and -inf.
+    `blocks` are (numbers (N,), vectors (N, D)). Only scores above a query's k-th so far are sorted, few after the first
+    blocks. Padded with -1 and -inf.
     """
     best_QK = np.full((len(query_QD), k), -1, np.int64)
     score_QK = np.full((len(query_QD), k), -np.inf, np.float32)
     for number_N, vector_ND in blocks:
         if len(number_N):
             score_QN = query_QD @ vector_ND.astype(np.float32).T
-            better = np.flatnonzero(score_QN.max(axis=1) > score_QK[:, -1])
-            scores = np.concatenate([score_QK[better], score_QN[better]], axis=1)
-            top = np.argpartition(-scores, k - 1, axis=1)[:, :k]
-            top = np.take_along_axis(top, np.argsort(-np.take_along_axis(scores, top, 1), axis=1, kind="stable"), 1)
-            score_QK[better] = np.take_along_axis(scores, top, 1)
-            known = np.take_along_axis(best_QK[better], np.minimum(top, k - 1), 1)
-            best_QK[better] = np.where(top < k, known, number_N[np.maximum(top - k, 0)])
+            for q in np.flatnonzero(score_QN.max(axis=1) > score_QK[:, -1]):
+                at = np.flatnonzero(score_QN[q] > score_QK[q, -1])
+                scores = np.concatenate([score_QK[q], score_QN[q, at]])
+                numbers = np.concatenate([best_QK[q], number_N[at]])
+                top = np.argpartition(-scores, k - 1)[:k]
+                top = top[np.argsort(-scores[top], kind="stable")]
+                best_QK[q], score_QK[q] = numbers[top], scores[top]
         if on_progress is not None:
             on_progress(len(number_N))
     return best_QK, score_QK

@@ -65,7 +65,8 @@ def build(corpus: Corpus, n: int, folder: Path) -> dict[str, float]:
     os.environ.update(OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1")  # for the processes started below
     shards, told = CorpusShards(corpus.folder, n), _Teller()
     with ProcessPoolExecutor(THREADS, mp_context=multiprocessing.get_context("spawn")) as pool:
-        build_index(shards, n + 1, IndexConfig(), folder, parallel=pool.map, on_progress=told)
+        query_QD = corpus.train_queries(10_000)
+        build_index(shards, n + 1, IndexConfig(), folder, query_QD=query_QD, parallel=pool.map, on_progress=told)
     return json.loads((folder / "index.json").read_text())["build_s"]
 
 
@@ -91,7 +92,7 @@ def build_layout(corpus: Corpus, n: int, folder: Path) -> dict[str, float]:
     lists = config.lists_for(n)
     shards = CorpusShards(corpus.folder, min(n, len(corpus)))
     sample_ND = sample(shards, 40 * lists, config.seed)
-    trained = Trained.fit(sample_ND, lists, config)
+    trained = Trained.fit(sample_ND, lists, config, corpus.train_queries(10_000))
     trained.save(folder)
     list_N = trained.encode(sample_ND)[0]
     trained_at = time.perf_counter()

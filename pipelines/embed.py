@@ -104,8 +104,6 @@ class Embedded:
 class Progress:
     """Where an embedding run stands."""
 
-    shards_done: int
-    shards: int
     videos_done: int
     videos: int
     per_s: float
@@ -113,10 +111,7 @@ class Progress:
     eta_s: float
 
     def __str__(self) -> str:
-        return (
-            f"{self.videos_done:,} of {self.videos:,} videos, shard {self.shards_done}/{self.shards}, "
-            f"{self.per_s:,.0f} videos/s, {self.eta_s:,.0f} s left"
-        )
+        return f"{self.videos_done:,} of {self.videos:,} videos, {self.per_s:,.0f} videos/s, {self.eta_s:,.0f} s left"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -191,10 +186,11 @@ def embed(
     def make(number: int, on_block: Callable[[int], None] = lambda _: None) -> tuple[int, Shard]:
         return number, make_shard(source, folder, number, on_block)
 
-    made = (make(n, meter.block) for n in missing) if alone else spread(make, missing, workers=workers, where=where)
+    made = (make(n, meter.count) for n in missing) if alone else spread(make, missing, workers=workers, where=where)
     for number, shard in made:
         done[number] = shard
-        meter.shard(0 if alone else shard.n_rows)
+        if not alone:
+            meter.count(shard.n_rows)
     return [done[number] for number in range(len(spans))]
 
 
@@ -255,9 +251,12 @@ def tower_digest(towers_dir: Path) -> str:
 def _finished(source: Source, folder: Path, number: int, spans: list[range]) -> Shard | None:
     """The shard, if its record is there, its file has its size, and tower and inputs are still the same."""
     path, record = _paths(folder, number)
-    if not record.exists() or not path.exists():
+    try:
+        shard = Shard(path=path, **json.loads(record.read_text()))
+    except (FileNotFoundError, ValueError, TypeError):  # none, or not whole: a power cut, say
         return None
-    shard = Shard(path=path, **json.loads(record.read_text()))
+    if not path.exists():
+        return None
     size = len(_header(shard.n_rows, source.dim)) + shard.n_rows * source.dim * 2
     wanted = (spans[number].start, len(spans[number]), size)
     if (shard.first_row, shard.n_rows, path.stat().st_size) != wanted:
@@ -283,17 +282,11 @@ class _Meter:
     def __init__(self, spans: list[range], done: dict[int, Shard], tell: Callable[[Progress], None]) -> None:
         self._tell, self._started, self._made = tell, time.monotonic(), 0
         self._found = sum(shard.n_rows for shard in done.values())
-        self._videos, self._shards, self._done = sum(map(len, spans)), len(spans), len(done)
+        self._videos = sum(map(len, spans))
 
-    def block(self, n_videos: int) -> None:
-        """Told after every block, so before its shard is whole."""
+    def count(self, n_videos: int) -> None:
+        """So many more are made."""
         self._made += n_videos
         per_s = self._made / max(time.monotonic() - self._started, 1e-9)
         done = self._found + self._made
-        self._tell(Progress(self._done, self._shards, done, self._videos, per_s, (self._videos - done) / per_s))
-
-    def shard(self, n_videos: int) -> None:
-        """Told after every shard, with the videos that `block` was not told of."""
-        self._done += 1
-        if n_videos:
-            self.block(n_videos)
+        self._tell(Progress(done, self._videos, per_s, (self._videos - done) / per_s))

@@ -22,7 +22,7 @@ from candidate_gen.index.config import IndexConfig
 from candidate_gen.index.lists import Piece, write_lists
 from candidate_gen.index.shards import Shards, sample
 from candidate_gen.index.stored import StoredVectors, create
-from candidate_gen.index.trained import Trained
+from candidate_gen.index.trained import FILES, Trained
 
 FORMAT = 2
 """Version of index.json; raised when an older reader would go wrong."""
@@ -78,14 +78,16 @@ def build(
     config: IndexConfig,
     folder: Path,
     *,
+    query_QD: np.ndarray | None = None,
     trained: Trained | None = None,
     parallel: Map = map,
     on_progress: Callable[[Progress], None] = lambda _: None,
 ) -> None:
     """Write an index of all shards, rows in 1 .. n_rows-1, into `folder`; see `VideoIndex.open`.
 
-    `trained` reuses the lists and codes of another index. Raises ValueError for rows out of range or twice, vectors
-    that are not finite, and an empty corpus.
+    `query_QD` are sample queries (some thousands of user vectors) that lists and codes are shaped for; `trained` reuses
+    the lists and codes of another index. Raises ValueError for rows out of range or twice, vectors that are not finite,
+    and an empty corpus.
     """
     videos = sum(shards.counts)
     if not videos:
@@ -95,7 +97,7 @@ def build(
     work = _work_folder(folder, shards, n_rows, config)
     lists = config.lists_for(videos) if kind == "ivf" else 0
     if not (work / "trained.json").exists():
-        _train(work, shards, n_rows, lists, config, trained, watch)
+        _train(work, shards, n_rows, lists, config, query_QD, trained, watch)
     watch.stage("encode")
     done = 0
     for count in parallel(_ShardEncoder(work, shards, n_rows, kind), range(len(shards.counts))):
@@ -132,7 +134,14 @@ def _work_folder(folder: Path, shards: Shards, n_rows: int, config: IndexConfig)
 
 
 def _train(
-    work: Path, shards: Shards, n_rows: int, lists: int, config: IndexConfig, trained: Trained | None, watch: _Watch
+    work: Path,
+    shards: Shards,
+    n_rows: int,
+    lists: int,
+    config: IndexConfig,
+    query_QD: np.ndarray | None,
+    trained: Trained | None,
+    watch: _Watch,
 ) -> None:
     watch.stage("sample")
     sample_ND = sample(shards, max(config.train_per_list * lists, FLAT_SAMPLE), config.seed)
@@ -141,7 +150,7 @@ def _train(
     create(work / "stored.faiss", sample_ND, n_rows, config.stored_for(sum(shards.counts)))
     watch.stage("train")
     if lists:
-        made = trained or Trained.fit(sample_ND, lists, config, lambda text: watch.say(text=text))
+        made = trained or Trained.fit(sample_ND, lists, config, query_QD, lambda text: watch.say(text=text))
         made.save(work)
     (work / "trained.json").write_text(json.dumps({"lists": lists}))
 
@@ -207,14 +216,7 @@ def _merge(work: Path, folder: Path, shards: Shards, n_rows: int, kind: str, wat
         sizes_L = np.diff(bounds, axis=1).sum(axis=0)
         pieces = _pieces(work, numbers, bounds, sizes_L, watch)
         write_lists(work, sizes_L, pieces, Trained.load(work).codebook.code_bytes)
-        names += [
-            "lists.bin",
-            "lists.npy",
-            "rotation.npy",
-            "centroids.npy",
-            "group_start.npy",
-            "codebook.npy",
-        ]
+        names += ["lists.bin", "lists.npy", *FILES]
     for name in names:
         os.replace(work / name, folder / name)
     return names

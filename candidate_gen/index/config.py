@@ -24,8 +24,9 @@ class IndexConfig:
     probes: int = 0
     """Lists searched first; more follow while results are missing. 0 takes `probes_for`."""
     kept_variance: float = 0.998
-    """Lists and codes live in the fewest principal directions that hold this share of the vectors' variance; trained
-    towers leave most of their 64 dimensions nearly empty. The stored vectors keep all dimensions."""
+    """Lists and codes live in the fewest principal directions that hold this share of the variance, weighted by how
+    much queries look along them; trained towers leave most of their 64 dimensions nearly empty. The stored vectors
+    keep all dimensions."""
     dims_per_nibble: int = 1
     """Dimensions that share four bits of a code: 1 for precision, 2 for half the memory and scanning."""
     stored: str = "auto"

@@ -125,26 +125,26 @@ class Scan:
     """FAISS objects from the inside out. Each refers to those before it without owning them, so all are kept."""
 
     route: tuple[Any, ...]
-    """What finds the nearest lists of a rotated query; the last one is the quantizer of `codes`."""
+    """What finds the nearest lists of a mapped query; the last one is the quantizer of `codes`."""
     codes: Any
     """IndexIVFPQFastScan over the mapped lists."""
-    rotate: Any
+    to_space: Any
     index: Any
-    """Takes full vectors: rotates them, then scans."""
+    """Takes full queries: maps them, then scans."""
 
     @classmethod
     def of(cls, trained: Trained, route: tuple[Any, ...], lists: Any, n_rows: int, implem: int) -> Scan:
         """`n_rows` counts rows, indexed or not: IndexRefine wants as many codes as vectors, and those are by row."""
-        width, dim = trained.rotation_RD.shape
+        width, dim = trained.query_map_RD.shape
         nibbles, n_lists = trained.codebook.nibbles, trained.clusters.lists
         codes = faiss.IndexIVFPQFastScan(route[-1], width, n_lists, nibbles, 4, faiss.METRIC_INNER_PRODUCT)
         codes.by_residual, codes.is_trained, codes.ntotal, codes.implem = True, True, n_rows, implem
         trained.codebook.install(codes)
         codes.replace_invlists(lists, False)
-        rotate = faiss.LinearTransform(dim, width, False)
-        faiss.copy_array_to_vector(trained.rotation_RD.ravel(), rotate.A)
-        rotate.is_trained = True
-        return cls(route, codes, rotate, faiss.IndexPreTransform(rotate, codes))
+        to_space = faiss.LinearTransform(dim, width, False)
+        faiss.copy_array_to_vector(trained.query_map_RD.ravel(), to_space.A)
+        to_space.is_trained = True
+        return cls(route, codes, to_space, faiss.IndexPreTransform(to_space, codes))
 
 
 def _route(centroid_LR: np.ndarray) -> tuple[Any, ...]:

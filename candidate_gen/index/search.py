@@ -82,11 +82,13 @@ class VideoIndex:
         config: IndexConfig,
         folder: Path,
         on_progress: Callable[[Progress], None] = lambda _: None,
+        query_QD: np.ndarray | None = None,
     ) -> VideoIndex:
         """Index chunks of (rows, float32 vectors of length 1) that come once; see `build.build` for shards on disk."""
         folder.mkdir(parents=True, exist_ok=True)
         with TemporaryDirectory(dir=folder, prefix="spool-") as spool:
-            build(SpooledShards.write(vectors, Path(spool) / "v"), n_rows, config, folder, on_progress=on_progress)
+            shards = SpooledShards.write(vectors, Path(spool) / "v")
+            build(shards, n_rows, config, folder, query_QD=query_QD, on_progress=on_progress)
         return cls(folder)
 
     @classmethod
@@ -215,8 +217,8 @@ class VideoIndex:
 
 def _parameters(probes: int, factor: float, selector: Any) -> Any:
     scan = faiss.IVFSearchParameters(nprobe=probes, sel=selector)
-    rotate = faiss.SearchParametersPreTransform(index_params=scan)
-    return faiss.IndexRefineSearchParameters(k_factor=factor, base_index_params=rotate)
+    mapped = faiss.SearchParametersPreTransform(index_params=scan)
+    return faiss.IndexRefineSearchParameters(k_factor=factor, base_index_params=mapped)
 
 
 def _selector(allowed: Allowed, excluded: np.ndarray) -> tuple[Any, list]:

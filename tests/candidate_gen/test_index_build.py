@@ -17,7 +17,7 @@ from candidate_gen.index.clusters import Clusters
 from candidate_gen.index.codes import Codebook, pack
 from candidate_gen.index.lists import InvertedLists
 from candidate_gen.index.stored import StoredVectors, create
-from candidate_gen.index.trained import principal_directions
+from candidate_gen.index.trained import Trained, learn_space
 
 faiss: Any = _faiss
 DIM = 24
@@ -96,18 +96,18 @@ def test_lists_on_disk_answer_as_faiss_s_own_in_memory(tmp_path: Path) -> None:
     x, queries = videos(5000, 1), videos(40, 2)
     index = VideoIndex.build([(np.arange(1, 5001), x)], 5001, IndexConfig(kind="ivf", lists=50), tmp_path)
     trained = index.trained
-    width = len(trained.rotation_RD)
+    width = len(trained.query_map_RD)
     quantizer = faiss.IndexFlatIP(width)
     quantizer.add(trained.clusters.centroid_LD)
     plain = faiss.IndexIVFPQ(quantizer, width, 50, trained.codebook.nibbles, 4, faiss.METRIC_INNER_PRODUCT)
     plain.by_residual, plain.is_trained = True, True
     trained.codebook.install(plain)
-    rotated = np.ascontiguousarray(x @ trained.rotation_RD.T)
-    lists, rows = trained.clusters.assign(rotated).astype(np.int64), np.arange(1, 5001)
-    plain.add_core(5000, *(faiss.swig_ptr(a) for a in (rotated, rows, lists)))
+    mapped = np.ascontiguousarray(x @ trained.video_map_RD.T)
+    lists, rows = trained.clusters.assign(mapped).astype(np.int64), np.arange(1, 5001)
+    plain.add_core(5000, *(faiss.swig_ptr(a) for a in (mapped, rows, lists)))
     theirs = faiss.IndexIVFPQFastScan(plain)
     theirs.nprobe = 10
-    expected_scores, expected = theirs.search(np.ascontiguousarray(queries @ trained.rotation_RD.T), 50)
+    expected_scores, expected = theirs.search(np.ascontiguousarray(queries @ trained.query_map_RD.T), 50)
     params = faiss.SearchParametersPreTransform(index_params=faiss.IVFSearchParameters(nprobe=10))
     ours = InvertedLists(tmp_path, trained, 5001)
     scores, found = ours.batched.index.search(queries, 50, params=params)
@@ -137,16 +137,36 @@ def test_stored_vectors_come_back_as_precise_as_their_kind(tmp_path: Path, kind:
     assert np.abs(StoredVectors(tmp_path / "stored.faiss")[np.arange(1, 1001)] - x).max() < worst
 
 
-def test_principal_directions_keep_the_asked_share_of_the_variance() -> None:
-    x = videos(5000)
+def test_the_codes_space_keeps_products_and_the_asked_share_of_the_variance() -> None:
+    x, queries = videos(5000, 1), videos(300, 2)
     kept = {}
     for share in (0.5, 0.9, 1.0):
-        rotation = principal_directions(x, share)
-        assert np.allclose(rotation @ rotation.T, np.eye(len(rotation)), atol=1e-5)
+        video_map, query_map = learn_space(x, None, share)
+        assert np.allclose(video_map @ video_map.T, np.eye(len(video_map)), atol=1e-5)
         centred = x - x.mean(axis=0)
-        assert ((centred @ rotation.T) ** 2).sum() >= (share - 1e-4) * (centred**2).sum()
-        kept[share] = len(rotation)
+        assert ((centred @ video_map.T) ** 2).sum() >= (share - 1e-4) * (centred**2).sum()
+        kept[share] = len(query_map)
     assert kept[0.5] < kept[0.9] < kept[1.0] == DIM
+    video_map, query_map = learn_space(x, queries, 1.0)
+    assert np.allclose((queries @ query_map.T) @ (x @ video_map.T).T, queries @ x.T, atol=1e-4)
+
+
+def test_codes_are_finer_along_what_queries_look_at() -> None:
+    """All queries look along one strong direction, as they do along an additive prior."""
+    x = videos(20_000, 1)
+    queries = 0.2 * videos(500, 2)
+    queries[:, 3] += 1.0
+    config = IndexConfig(kept_variance=1.0)
+
+    def error(sample_queries: np.ndarray | None) -> float:
+        trained = Trained.fit(x, 64, config, sample_queries)
+        lists, codes = trained.encode(x)
+        levels = np.stack([codes & 15, codes >> 4], axis=2).reshape(len(x), -1)
+        residual = trained.codebook.centroid_MKd[np.arange(levels.shape[1]), levels, 0]
+        seen = (queries @ trained.query_map_RD.T) @ (trained.clusters.centroid_LD[lists] + residual).T
+        return float(((seen - queries @ x.T) ** 2).mean())
+
+    assert error(queries) < 0.7 * error(None)
 
 
 def test_shards_in_parallel_and_one_shard_give_the_same_answers(tmp_path: Path) -> None:

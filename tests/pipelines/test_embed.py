@@ -156,17 +156,19 @@ def test_ray_tasks_write_the_same_bytes_as_one_process(corpus, tmp_path: Path):
     assert (told[-1].videos_done, told[-1].videos, told[-1].eta_s) == (80, 80, 0)
 
 
-def test_a_flipped_bit_is_refused_and_a_truncated_shard_is_made_again(corpus):
+def test_a_flipped_bit_is_refused_and_what_is_truncated_or_gone_is_made_again(corpus):
     shards = embed(source(corpus), corpus.out)
     content = bytearray(shards[0].path.read_bytes())
     content[np.random.default_rng().integers(len(content))] ^= 1 << np.random.default_rng().integers(8)
     shards[0].path.write_bytes(content)
     with pytest.raises(ValueError, match=r"videos-00000.npy is not the file its record describes"):
         shards[0].vectors()
-    whole = shards[3].path.read_bytes()
-    shards[3].path.write_bytes(whole[:-1])
-    assert made_by(corpus) == 11
-    assert shards[3].path.read_bytes() == whole
+    whole = files(corpus.out)
+    shards[3].path.write_bytes(whole["videos-00003.npy"][:-1])
+    (corpus.out / "videos-00002.json").write_bytes(whole["videos-00002.json"][:-9])
+    shards[1].path.unlink()
+    assert made_by(corpus) == 11 + 2 * SHARD
+    assert files(corpus.out) == whole
 
 
 def test_a_tower_that_gives_nan_is_refused_and_leaves_no_shard(corpus):

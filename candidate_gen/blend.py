@@ -41,7 +41,8 @@ class BlendConfig:
     k: int = 1000
     quotas: tuple[Quota, ...] = (
         Quota(source="followed", share=0.2, at_most=400),
-        Quota(source="ann", share=0.6),
+        Quota(source="covisit", share=0.2),
+        Quota(source="ann", share=0.4),
         Quota(source="fresh", share=0.1, at_least=20, at_most=200),
         Quota(source="popular", share=0.1, at_least=20),
     )

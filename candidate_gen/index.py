@@ -91,7 +91,8 @@ class VideoIndex:
     ) -> tuple[np.ndarray, np.ndarray]:
         """Best rows (Q, k) int64 and scores (Q, k) float32, padded with -1 and -inf; k results wherever k exist.
 
-        `allowed` is a bool a row, `excluded_rows` lists further rows to leave out.
+        `allowed` is a bool a row or a bitmap (uint8, bit r & 7 of byte r >> 3 is row r), `excluded_rows` lists
+        further rows to leave out.
         """
         query_QD = np.ascontiguousarray(query_QD, dtype=np.float32)
         if query_QD.ndim != 2 or query_QD.shape[1] != self.dim:
@@ -151,9 +152,12 @@ class VideoIndex:
         """Bit r (little-endian) is set where row r may be returned: the layout IDSelectorBitmap reads."""
         bits = self._indexed_bits
         if allowed is not None:
-            if len(allowed) != len(self.vectors_RD):
-                raise ValueError(f"`allowed` has {len(allowed)} rows, the index {len(self.vectors_RD)}")
-            bits = bits & np.packbits(allowed, bitorder="little")
+            packed = allowed if allowed.dtype == np.uint8 else np.packbits(allowed, bitorder="little")
+            if len(allowed) != (len(bits) if packed is allowed else len(self.vectors_RD)):
+                raise ValueError(
+                    f"`allowed` is {allowed.dtype} of length {len(allowed)}, the index has {len(self.vectors_RD)} rows"
+                )
+            bits = bits & packed
         if excluded_rows is not None and len(excluded_rows):
             rows = np.asarray(excluded_rows, np.int64)
             bits = bits.copy()

@@ -9,6 +9,11 @@ import numpy as np
 import pytest
 
 from candidate_gen.blend import BlendConfig, Quota
+from candidate_gen.covisit import Covisits
+from candidate_gen.index import VideoIndex
+from candidate_gen.infer import Towers
+from pipelines.evaluate_channels import ask_sources
+from pipelines.recipes import Recipe
 from serving.bundle import FeedBundle
 from serving.config import FeedConfig, FilterConfig
 from serving.feed import Feed
@@ -92,3 +97,23 @@ def test_arrays_of_another_catalogue_are_refused(world) -> None:
     np.save(folder / "channels" / "covisit_start.npy", np.append(start, start[-1]))
     with pytest.raises(ValueError, match="co-visitation of 302 video rows, expected 301"):
         FeedBundle.open(folder, "mixed")
+
+
+def test_evaluation_asks_the_sources_under_the_rules_of_serving(world, tmp_path) -> None:
+    dataset, dates = world.dataset, world.dataset.dates[-1:]
+    recipe = Recipe(name="t", spec=dataset.encoder.spec, feed=FeedConfig(surfaces=("main", "search")))
+    towers, index = Towers.load(world.models / "towers"), VideoIndex.load(world.models / "index")
+    answers = ask_sources(dataset, towers, index, world.tables["follows"], recipe, dates, tmp_path)
+    follows = world.tables["follows"].to_pylist()
+    names = {source for retrieved in answers.retrieved for source, found in retrieved.items() if len(found.rows)}
+    assert names == {"followed", "covisit", "ann", "fresh", "popular"}
+    for q, retrieved in enumerate(answers.retrieved):
+        user_id = dataset.users.ids_of(answers.queries.user_row_Q[[q]])[0]
+        assert set(answers.followed[q]) == {f["author_id"] for f in follows if f["user_id"] == user_id}
+        for found in retrieved.values():
+            assert dataset.eligible[found.rows].all()
+            assert (dataset.upload_ts_ms[found.rows] <= answers.queries.ts_ms_Q[q]).all()
+            assert not np.isin(found.rows, answers.queries.seen[q]).any()
+    first_ms = int(dataset.examples.ts_ms[dataset.examples.day == len(dataset.dates) - 1].min())
+    counted = Covisits.count(dataset.history, dataset.eligible, recipe.feed.covisit, before_ms=first_ms)
+    assert np.array_equal(np.load(tmp_path / "covisit_score.npy"), counted.score)

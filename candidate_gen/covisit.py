@@ -45,7 +45,7 @@ class CovisitConfig:
     """Kept a video."""
     recency: float = 0.97
     """A query's event counts recency ** (positive events since)."""
-    pairs_at_once: int = 1_000_000
+    pairs_at_once: int = 500_000
     """Pairs in memory while counting; some 100 bytes each."""
 
     def __post_init__(self) -> None:
@@ -105,7 +105,7 @@ class Covisits:
         for first, last in positives.blocks(config):
             video_P, neighbour_P, sum_P = positives.pairs(first, last, eligible_V, config)
             score_P = sum_P / _divisor(users_V[video_P], users_V[neighbour_P], config)
-            chosen = _best_of_each(video_P, neighbour_P, score_P, config.neighbours)
+            chosen = _best_of_each(video_P, score_P, config.neighbours)
             counts_V[first:last] = np.bincount(video_P[chosen] - first, minlength=last - first)
             kept.append((neighbour_P[chosen], score_P[chosen].astype(np.float32)))
             if on_progress is not None:
@@ -257,9 +257,11 @@ def _divisor(users_a: np.ndarray, users_b: np.ndarray, config: CovisitConfig) ->
     return users_a ** (1.0 - power) * users_b.astype(np.float64) ** power + config.shrinkage
 
 
-def _best_of_each(video_P: np.ndarray, neighbour_P: np.ndarray, score_P: np.ndarray, most: int) -> np.ndarray:
-    """Positions of each video's best neighbours, by video, best first, equal scores by row."""
-    order = np.lexsort((neighbour_P, -score_P, video_P))
-    ordered = video_P[order]
-    place = np.arange(len(order)) - np.searchsorted(ordered, ordered)
+def _best_of_each(video_P: np.ndarray, score_P: np.ndarray, most: int) -> np.ndarray:
+    """Positions of each video's best pairs, by video, best first, equal scores as they came; pairs come by video."""
+    group_P = np.cumsum(np.diff(video_P, prepend=video_P[:1]) != 0)
+    group_P = group_P.astype(np.min_scalar_type(group_P.max(initial=0)))  # 16 bits sort by radix
+    order = np.argsort(-score_P, kind="stable")
+    order = order[np.argsort(group_P[order], kind="stable")]
+    place = np.arange(len(order)) - np.searchsorted(group_P, group_P)
     return order[place < most]

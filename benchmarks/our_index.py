@@ -19,7 +19,7 @@ import numpy as np
 
 from benchmarks.building import THREADS, Rate
 from benchmarks.vectors import Corpus
-from candidate_gen.index import Allowed, IndexConfig, Progress, VideoIndex
+from candidate_gen.index import IndexConfig, Progress, RowFilter, VideoIndex
 from candidate_gen.index import build as build_index
 from candidate_gen.index.build import describe
 from candidate_gen.index.lists import Piece, write_lists
@@ -150,7 +150,7 @@ class OurIndex:
         *,
         probes: int | None = None,
         refine: int | None = None,
-        allowed_rows: Allowed | None = None,
+        allowed_rows: RowFilter | None = None,
         excluded_rows: np.ndarray | None = None,
     ) -> np.ndarray:
         """Numbers (Q, k), -1 pads; without `probes` and `refine` as the index is configured."""
@@ -159,6 +159,6 @@ class OurIndex:
         )
         return np.where(row_QK > 0, row_QK - 1, -1)
 
-    def as_filter(self, mask_N: np.ndarray) -> Allowed:
+    def as_filter(self, mask_N: np.ndarray) -> RowFilter:
         """A bool a video as `search` takes it in `allowed_rows`."""
         return self._index.allow(np.concatenate([[False], mask_N]))

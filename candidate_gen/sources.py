@@ -1,4 +1,4 @@
-"""Where candidates come from: nearest videos, followed authors, what is popular, what is new.
+"""Where candidates come from: nearest videos, watched together, followed authors, what is popular, what is new.
 
 V video rows (row 0 unknown, never returned), K results. Every source obeys the same rules: only allowed rows, none
 twice, at most k, best first, and the same answer to the same query.
@@ -6,12 +6,17 @@ twice, at most k, best first, and the same answer to the same query.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 
-from candidate_gen.index import VideoIndex
+from candidate_gen.allowed import Allowed
+from candidate_gen.covisit import CovisitConfig, Covisits, liked
+from candidate_gen.index import RowFilter, VideoIndex
+from candidate_gen.uploads import Uploads
+from features.history import HistoryWindow
 
 _STEP = 4096
 """Rows looked at together while walking down a long order."""
@@ -22,12 +27,16 @@ class SourceQuery:
     """What every source may know of the request."""
 
     user_vector_D: np.ndarray
+    history: HistoryWindow
+    """Of the one user."""
     followed_authors: np.ndarray
     """int64, ascending."""
-    allowed: np.ndarray
-    """(V,) bool: eligible, not too old, not blocked, not the user's own, not seen."""
+    allowed: Allowed
+    """Eligible, not too old, not blocked, not the user's own, not seen."""
     now_ms: int
     surface: str | None
+    segment: int
+    """The user's value of the feature that popularity is counted by; -1 without such a feature."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,35 +57,6 @@ class Source(Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True)
-class Uploads:
-    """Every author's videos, newest first."""
-
-    authors: np.ndarray
-    """(A,) int64, ascending."""
-    start: np.ndarray
-    """(A+1,) offsets into `rows`."""
-    rows: np.ndarray
-
-    @classmethod
-    def build(cls, author_id: np.ndarray, upload_ts_ms: np.ndarray) -> Uploads:
-        """From the author and the upload time of every video row; row 0 and videos without an author are left out."""
-        rows = np.flatnonzero(author_id != 0)
-        rows = rows[rows > 0]
-        rows = rows[np.lexsort((rows, -upload_ts_ms[rows], author_id[rows]))]
-        authors, first = np.unique(author_id[rows], return_index=True)
-        return cls(authors, np.append(first, len(rows)), rows)
-
-    def of(self, authors: np.ndarray) -> np.ndarray:
-        """Rows by these authors, author after author."""
-        if len(self.authors) == 0:
-            return np.zeros(0, np.int64)
-        at = np.minimum(np.searchsorted(self.authors, authors), len(self.authors) - 1)
-        at = at[self.authors[at] == authors]
-        parts = [self.rows[self.start[i] : self.start[i + 1]] for i in at]
-        return np.concatenate(parts) if parts else np.zeros(0, np.int64)
-
-
 class AnnSource:
     """Unconnected: the nearest videos to the user's vector, none by an author the user follows."""
 
@@ -84,15 +64,50 @@ class AnnSource:
 
     def __init__(self, index: VideoIndex, uploads: Uploads) -> None:
         self._index, self._uploads = index, uploads
+        self._filter_of = _FilterOf(index)
 
     def retrieve(self, query: SourceQuery, k: int) -> Retrieved:
         """Filtered inside the search; scores are cosines."""
-        followed_rows = self._uploads.of(query.followed_authors)
+        excluded_rows = np.concatenate([query.allowed.excluded_rows, self._uploads.of(query.followed_authors)])
         rows_1K, scores_1K = self._index.search(
-            query.user_vector_D[None, :], k, allowed=query.allowed, excluded_rows=followed_rows
+            query.user_vector_D[None, :], k, allowed=self._filter_of(query.allowed.bits), excluded_rows=excluded_rows
         )
         found = rows_1K[0] >= 0
         return Retrieved(rows_1K[0][found], scores_1K[0][found])
+
+
+class _FilterOf:
+    """The index's filter of a shared bitmap, made once a bitmap: it takes a pass over the catalogue."""
+
+    def __init__(self, index: VideoIndex) -> None:
+        self._index = index
+        self._kept: tuple[tuple[np.ndarray, RowFilter], ...] = ()
+
+    def __call__(self, bits: np.ndarray) -> RowFilter:
+        """Safe from many threads: two at once may both make it, and either is right."""
+        for held, made in self._kept:
+            if held is bits:
+                return made
+        made = self._index.allow(bits)
+        self._kept = ((bits, made), *self._kept[:3])
+        return made
+
+
+class CovisitSource:
+    """What was liked together with the user's last likes."""
+
+    name = "covisit"
+
+    def __init__(self, covisits: Covisits, config: CovisitConfig) -> None:
+        self._covisits, self._config = covisits, config
+
+    def retrieve(self, query: SourceQuery, k: int) -> Retrieved:
+        """Scores are sums over the user's likes; a user without any gets nothing."""
+        rows, scores = self._covisits.similar(*liked(query.history, self._config))
+        allowed = query.allowed.has(rows)
+        rows, scores = rows[allowed], scores[allowed]
+        best = np.lexsort((rows, -scores))[:k]
+        return Retrieved(rows[best], scores[best])
 
 
 class FollowedSource:
@@ -100,28 +115,29 @@ class FollowedSource:
 
     name = "followed"
 
-    def __init__(self, uploads: Uploads, upload_ts_ms: np.ndarray) -> None:
-        self._uploads, self._upload_ts_ms = uploads, upload_ts_ms
+    def __init__(self, uploads: Uploads) -> None:
+        self._uploads = uploads
 
     def retrieve(self, query: SourceQuery, k: int) -> Retrieved:
         """Scores fall with age; a video without an upload time comes last."""
-        rows = self._uploads.of(query.followed_authors)
-        rows = rows[query.allowed[rows] & (self._upload_ts_ms[rows] <= query.now_ms)]
-        rows = rows[np.lexsort((rows, -self._upload_ts_ms[rows]))][:k]
-        return Retrieved(rows, freshness(self._upload_ts_ms[rows], query.now_ms))
+        rows, upload_ts_ms = self._uploads.of(query.followed_authors), self._uploads.upload_ts_ms
+        rows = rows[query.allowed.has(rows) & (upload_ts_ms[rows] <= query.now_ms)]
+        rows = rows[np.lexsort((rows, -upload_ts_ms[rows]))][:k]
+        return Retrieved(rows, freshness(upload_ts_ms[rows], query.now_ms))
 
 
 class PopularSource:
-    """The same order for everybody on a surface, computed beforehand."""
+    """Orders computed beforehand: of the surface and the user's segment, of the surface, of everybody."""
 
     name = "popular"
 
-    def __init__(self, rows: np.ndarray, by_surface: dict[str, np.ndarray] | None = None) -> None:
-        self._rows, self._by_surface = rows, by_surface or {}
+    def __init__(self, orders: Mapping[tuple[str | None, int | None], np.ndarray]) -> None:
+        self._orders = orders
 
     def retrieve(self, query: SourceQuery, k: int) -> Retrieved:
-        """Scores are 1 / (place in the order, counted from 1)."""
-        order = self._rows if query.surface is None else self._by_surface.get(query.surface, self._rows)
+        """The narrowest order there is; scores are 1 / (place in it, counted from 1)."""
+        narrow_to_wide = ((query.surface, query.segment), (query.surface, None), (None, None))
+        order = next(self._orders[key] for key in narrow_to_wide if key in self._orders)
         places = first_allowed(order, query.allowed, k)
         return Retrieved(order[places], (1.0 / (places + 1)).astype(np.float32))
 
@@ -131,29 +147,24 @@ class FreshSource:
 
     name = "fresh"
 
-    def __init__(self, upload_ts_ms: np.ndarray) -> None:
-        known = np.flatnonzero(upload_ts_ms >= 0)
-        known = known[known > 0]
-        self._order = known[np.lexsort((known, -upload_ts_ms[known]))]
-        self._age_order_ms = -upload_ts_ms[self._order]
-        self._upload_ts_ms = upload_ts_ms
+    def __init__(self, uploads: Uploads) -> None:
+        self._uploads = uploads
 
     def retrieve(self, query: SourceQuery, k: int) -> Retrieved:
         """Uploads at or before now, newest first; scores fall with age."""
-        begin = np.searchsorted(self._age_order_ms, -query.now_ms, side="left")
-        order = self._order[begin:]
-        rows = order[first_allowed(order, query.allowed, k)]
-        return Retrieved(rows, freshness(self._upload_ts_ms[rows], query.now_ms))
+        newest_first = self._uploads.by_time[: self._uploads.before(query.now_ms + 1)][::-1]
+        rows = newest_first[first_allowed(newest_first, query.allowed, k)]
+        return Retrieved(rows, freshness(self._uploads.upload_ts_ms[rows], query.now_ms))
 
 
-def first_allowed(order: np.ndarray, allowed: np.ndarray, k: int) -> np.ndarray:
+def first_allowed(order: np.ndarray, allowed: Allowed, k: int) -> np.ndarray:
     """Places in `order` of its first k allowed rows."""
     found: list[np.ndarray] = []
     missing = k
     for start in range(0, len(order), _STEP):
         if missing <= 0:
             break
-        places = start + np.flatnonzero(allowed[order[start : start + _STEP]])[:missing]
+        places = start + np.flatnonzero(allowed.has(order[start : start + _STEP]))[:missing]
         found.append(places)
         missing -= len(places)
     return np.concatenate(found) if found else np.zeros(0, np.int64)

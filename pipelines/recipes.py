@@ -123,9 +123,10 @@ def world_smoke() -> Recipe:
     return Recipe(
         name="world-smoke",
         spec=world_spec(user_rows=1 << 15, video_rows=1 << 16, author_rows=1 << 14),
-        feed=FeedConfig(surfaces=("feed",)),
+        feed=FeedConfig(surfaces=("feed",), popular_segment="declared_topic"),
         towers_train=TrainConfig(epochs=2, batch_size=32, lr_dense=3e-3, patience=1),
         ranker_train=TrainConfig(epochs=2, batch_size=256, lr_dense=3e-3, patience=1),
+        popular_days=1,
     )
 
 
@@ -195,7 +196,10 @@ def kuairand_pure() -> Recipe:
         spec=kuairand_spec(),
         split=SplitConfig(test_days=4, validation_days=1),
         retrieval_signal="click",
-        feed=FeedConfig(surfaces=tuple(f"tab{i}" for i in (1, 0, 2, 4, 5, 6, 3, 7, 8, 9, 10, 11, 12, 13, 14))),
+        feed=FeedConfig(
+            surfaces=tuple(f"tab{i}" for i in (1, 0, 2, 4, 5, 6, 3, 7, 8, 9, 10, 11, 12, 13, 14)),
+            popular_segment="onehot_feat0",
+        ),
         towers=TowerConfig(positives=("click",)),
         towers_train=TrainConfig(epochs=8, batch_size=64, lr_dense=2e-3, patience=2),
         ranker=RankerConfig(

@@ -25,8 +25,9 @@ def write_report(run: Mapping[str, Any], path: str | Path) -> Path:
 
     - title, created, bundle: strings; machine, versions: {name: value}
     - stages: [{name, seconds, rows, note}]
-    - retrieval: [{name, recall@100, ...}]; ranking: [{task, auc, gauc, ne, calibration, ...}];
-      primary: [{name, gauc, ndcg5, primary}]: tables, one column a key in the order of first appearance
+    - retrieval: [{name, recall@100, ...}]; pools: [{slice, queries, pool recall}]; channels: [{slice, source, quota,
+      filled, alone, marginal, unique}]; ranking: [{task, auc, gauc, ne, calibration, ...}]; primary: [{name, gauc,
+      ndcg5, primary}]: tables, one column a key in the order of first appearance
     - reliability: {task: {predicted: [], observed: [], rows: []}}, as `asdict(metrics.reliability(...))` with lists
     - gate: [{rule, candidate, live, passed}]
     - replay: `ReplayReport.to_dict()`
@@ -110,6 +111,12 @@ def _duration(seconds: float) -> str:
 def _tables(run: Mapping[str, Any]) -> list[dict[str, Any]]:
     titles = {
         "retrieval": ("Retrieval", "Share of what each user went on to watch that is among the first k candidates."),
+        "pools": ("Candidate pool", "Share of the videos a user went on to watch, and could see by then, in the pool."),
+        "channels": (
+            "Candidate sources",
+            "Quota and filled share of the pool; recall of a source's own best within its quota (alone), what the pool "
+            "loses without it (marginal), and what nobody else found (unique).",
+        ),
         "ranking": ("Ranking by task", "On days never trained on. Normalised entropy below 1 beats the base rate."),
         "primary": (
             "Ranking against baselines",

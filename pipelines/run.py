@@ -50,6 +50,8 @@ def run(
         "split": metrics["split"],
         "retrieval": metrics["retrieval"]["rows"],
         "retrieval_note": _retrieval_note(metrics["retrieval"]),
+        "pools": metrics["channels"]["pools"],
+        "channels": metrics["channels"]["rows"],
         "ranking": metrics["ranking"],
         "primary": metrics["primary"],
         "watch": metrics["watch"],

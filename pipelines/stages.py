@@ -11,6 +11,7 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import polars as pl
@@ -30,6 +31,7 @@ from pipelines.baselines import popular_videos
 from pipelines.cluster import spread, usable_cpus
 from pipelines.console import Stage
 from pipelines.embed import Catalogue, Embedded, embed
+from pipelines.evaluate_channels import ask_sources, evaluate_channels
 from pipelines.evaluate_ranking import (
     evaluate_protocol,
     evaluate_tasks,
@@ -134,10 +136,12 @@ def evaluate(ws: Workspace, stage: Stage, oracle: Oracle | None = None) -> dict:
         signal=ws.recipe.retrieval_signal,
         ks=ws.recipe.recall_at,
     )
+    stage.progress("channels")
     metrics = {
         "fingerprint": ws.fingerprint(),
         "split": {"train": split.train, "validation": split.validation, "test": split.test},
         "retrieval": retrieval,
+        "channels": _channels(ws, dataset, vectors, split.test),
         **_ranking(ws, dataset, split, events, oracle, stage),
     }
     ws.metrics.write_text(json.dumps(metrics, indent=1))
@@ -261,6 +265,13 @@ def _ranking(
             progress=stage.progress,
         ),
     }
+
+
+def _channels(ws: Workspace, dataset: Dataset, index: VideoIndex, dates: tuple[str, ...]) -> dict:
+    follows = ingestion.load_table(ws.canonical, "follows")
+    with TemporaryDirectory(dir=ws.root) as folder:
+        answers = ask_sources(dataset, Towers.load(ws.towers), index, follows, ws.recipe, dates, Path(folder))
+        return evaluate_channels(answers, ws.recipe.feed.blend)
 
 
 def _popularity(ws: Workspace, dataset: Dataset, events: pl.DataFrame) -> dict[str, np.ndarray]:

@@ -16,21 +16,23 @@ from typing import Any, TypeVar
 import numpy as np
 import pyarrow as pa
 
+from candidate_gen.allowed import Eligibility
 from candidate_gen.index import VideoIndex
 from candidate_gen.infer import Towers
-from candidate_gen.sources import AnnSource, FollowedSource, FreshSource, PopularSource, Source, Uploads
+from candidate_gen.sources import Source
+from candidate_gen.uploads import Uploads
 from features.artifacts import Bundle
 from features.dataset import Dataset
 from features.entities import Entities
 from features.history import HistoryLog
-from features.schema import SIGNALS
 from features.transforms import Encoder
 from ranking.infer import Ranker
+from serving.channels import open_channels, write_channels
 from serving.config import FeedConfig
 
 T = TypeVar("T", Entities, HistoryLog)
-POPULAR_LENGTH = 5_000
-"""Videos in the popular list: enough for the longest page after anybody's filters."""
+LAYOUT = 2
+"""Of a bundle's folder, in `layout.json`; 1, without that file, had no co-visitation."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,14 +56,13 @@ class FeedBundle:
     eligible: np.ndarray
     duration_ms: np.ndarray
     """(V,) int64, 0 where not known."""
-    popular_rows: np.ndarray
     towers: Towers
     ranker: Ranker
     index: VideoIndex
     sources: tuple[Source, ...]
-    n_eligible: int
-    newest_upload_ms: int
     uploads: Uploads
+    eligibility: Eligibility
+    n_eligible: int
 
     @classmethod
     def load(cls, bundle: Bundle) -> FeedBundle:
@@ -75,16 +76,15 @@ class FeedBundle:
         def array(name: str) -> np.ndarray:
             return np.asarray(np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False))
 
+        _check_layout(folder, version)
         encoder = Encoder.load(folder / "encoder")
         users, videos = (
             _plain(Entities.load(folder / f"{side}s", f"{side}s", encoder.columns(side))) for side in ("user", "video")
         )
-        upload_ts_ms, author_id = (np.array(array(f"videos/videos_{name}")) for name in ("upload_ts_ms", "author_id"))
-        eligible, popular_rows = np.array(array("videos/videos_eligible")), np.array(array("popular"))
+        upload_ts_ms, eligible = array("videos/videos_upload_ts_ms"), array("videos/videos_eligible")
         index = VideoIndex(folder / "index")
-        uploads = Uploads.build(author_id, upload_ts_ms)
         config = FeedConfig.from_json((folder / "feed.json").read_text())
-        by_surface = dict(zip(config.surfaces, np.array(array("popular_by_surface")), strict=True))
+        channels = open_channels(folder / "channels", config, index, upload_ts_ms, eligible)
         loaded = cls(
             version=version,
             config=config,
@@ -97,22 +97,16 @@ class FeedBundle:
             follows_start=array("users/follows_start"),
             follows_author=array("users/follows_author"),
             upload_ts_ms=upload_ts_ms,
-            author_id=author_id,
+            author_id=array("videos/videos_author_id"),
             eligible=eligible,
             duration_ms=array("videos/videos_duration_ms"),
-            popular_rows=popular_rows,
             towers=Towers.load(folder / "towers"),
             ranker=Ranker.load(folder / "ranker"),
             index=index,
-            sources=(
-                FollowedSource(uploads, upload_ts_ms),
-                AnnSource(index, uploads),
-                FreshSource(upload_ts_ms),
-                PopularSource(popular_rows, by_surface),
-            ),
+            sources=channels.sources,
+            uploads=channels.uploads,
+            eligibility=channels.eligibility,
             n_eligible=int(eligible.sum()),
-            newest_upload_ms=int(upload_ts_ms.max()),
-            uploads=uploads,
         )
         loaded.check()
         return loaded
@@ -181,9 +175,6 @@ def write_bundle(
     dataset.history.save(folder / "history")
     duration_ms = videos.sort_by("video_id")["duration_ms"].fill_null(0).to_numpy().astype(np.int64)
     start, authors = _follows_by_user(dataset.users, follows)
-    popular_rows = np.arange(len(dataset.examples)) if popular_examples is None else popular_examples
-    shown_on = np.asarray(dataset.examples.surface[popular_rows])
-    surface_rows = dataset.encoder.surface_rows(list(feed_config.surfaces))
     arrays = {
         "users/counters_user": dataset.counters.user_day[day],
         "users/follows_start": start,
@@ -193,28 +184,24 @@ def write_bundle(
         "videos/videos_author_id": dataset.author_id,
         "videos/videos_eligible": dataset.eligible,
         "videos/videos_duration_ms": np.concatenate([[0], duration_ms]),
-        "popular": popular_order(dataset, popular_rows),
-        "popular_by_surface": np.stack(
-            [popular_order(dataset, popular_rows[shown_on == s]) for s in surface_rows],
-        ),
     }
     for name, values in arrays.items():
         np.save(folder / f"{name}.npy", np.asarray(values), allow_pickle=False)
+    examples = np.arange(len(dataset.examples)) if popular_examples is None else popular_examples
+    write_channels(folder / "channels", dataset, feed_config, popular_examples=examples)
     shutil.copytree(towers_dir, folder / "towers")
     shutil.copytree(ranker_dir, folder / "ranker")
     index.copy_to(folder / "index")
     (folder / "feed.json").write_text(feed_config.to_json())
     (folder / "metrics.json").write_text(json.dumps(dict(metrics), indent=2, sort_keys=True))
+    (folder / "layout.json").write_text(json.dumps({"layout": LAYOUT}))
 
 
-def popular_order(dataset: Dataset, rows_E: np.ndarray) -> np.ndarray:
-    """Eligible video rows, those with most impressions that got a long view or a click first; ties by row."""
-    examples = dataset.examples
-    wanted = [SIGNALS.index("click"), SIGNALS.index("long_view")]
-    liked_E = (np.nan_to_num(np.asarray(examples.signals[rows_E])[:, wanted]) > 0).any(axis=1)
-    count_V = np.bincount(np.asarray(examples.video_row[rows_E])[liked_E], minlength=len(dataset.videos) + 1)
-    order = np.argsort(-count_V, kind="stable")
-    return order[np.asarray(dataset.eligible)[order]][:POPULAR_LENGTH].astype(np.int64)
+def _check_layout(folder: Path, version: str) -> None:
+    path = folder / "layout.json"
+    found = json.loads(path.read_text())["layout"] if path.exists() else 1
+    if found != LAYOUT:
+        raise ValueError(f"bundle {version} has layout {found}, this release reads {LAYOUT}: publish it again")
 
 
 def _follows_by_user(users: Entities, follows: pa.Table | None) -> tuple[np.ndarray, np.ndarray]:

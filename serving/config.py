@@ -9,6 +9,8 @@ from typing import Any, get_args, get_origin, get_type_hints
 import xxhash
 
 from candidate_gen.blend import BlendConfig
+from candidate_gen.covisit import CovisitConfig
+from candidate_gen.sources import PopularSource
 from ranking.arrange import ArrangeConfig
 from ranking.value import ValueConfig
 
@@ -32,6 +34,10 @@ class FeedConfig:
     surfaces: tuple[str, ...] = ("main",)
     """Surfaces a request may name; the first is the default."""
     blend: BlendConfig = field(default_factory=BlendConfig)
+    """Sources without a quota are not asked."""
+    covisit: CovisitConfig = field(default_factory=CovisitConfig)
+    popular_segment: str | None = None
+    """A categorical user feature: the popular source then counts by surface and its value."""
     value: ValueConfig = field(default_factory=ValueConfig)
     arrange: ArrangeConfig = field(default_factory=ArrangeConfig)
     filters: FilterConfig = field(default_factory=FilterConfig)
@@ -39,6 +45,8 @@ class FeedConfig:
     def __post_init__(self) -> None:
         if not self.surfaces or "" in self.surfaces:
             raise ValueError(f"FeedConfig.surfaces: at least one name, none empty; found {self.surfaces}")
+        if PopularSource.name not in [quota.source for quota in self.blend.quotas]:
+            raise ValueError("FeedConfig.blend.quotas: the popular source needs one, it answers when retrieval cannot")
 
     @property
     def policy_id(self) -> str:

@@ -165,7 +165,7 @@ class Feed:
                 np.asarray(request.excluded_video_ids, dtype=np.int64),
                 np.asarray(request.blocked_author_ids, dtype=np.int64),
             )
-            allowed_V, stage.removed = rules.allowed()
+            allowed, stage.removed = rules.allowed()
             stage.received = len(self.bundle.videos)
             stage.kept = stage.received - sum(stage.removed.values())
         if not trace.affords("retrieve", "arrange", "respond"):
@@ -173,12 +173,12 @@ class Feed:
         else:
             try:
                 with trace.stage("retrieve") as stage:
-                    return retrieve_pool(self.bundle, query, rules, allowed_V, k, stage)
+                    return retrieve_pool(self.bundle, query, rules, allowed, k, stage)
             except Exception as error:
                 _log.exception("retrieval failed; the popular list answers")
                 trace.degrade(Level.POPULAR, f"retrieval failed: {type(error).__name__}")
         with trace.stage("popular") as stage:
-            return popular_pool(self.bundle, query, rules, allowed_V, k, stage)
+            return popular_pool(self.bundle, query, rules, allowed, k, stage)
 
     def _rank(self, query: Query, pool: Pool, trace: Trace) -> Scored:
         if trace.level == Level.POPULAR or len(pool.rows_K) == 0:

@@ -1,7 +1,7 @@
 """What must never be shown, and how many videos each rule removed.
 
-Each rule is used twice: as a bitmap over all video rows (V) that the sources search inside, so that filtering never
-leaves a source short, and again on what came back (K), so that no source has to be trusted.
+Each rule is used twice: in the `Allowed` rows that the sources search inside, so that filtering never leaves a source
+short, and again on what came back (K), so that no source has to be trusted.
 """
 
 from __future__ import annotations
@@ -10,10 +10,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from candidate_gen.allowed import HOUR_MS, Allowed
 from serving.bundle import FeedBundle
 from serving.hydrate import Query
-
-HOUR_MS = 3_600_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,21 +39,22 @@ class Rules:
     def seen_rows(self) -> np.ndarray:
         return self.query.seen_rows if self.bundle.config.filters.seen else np.zeros(0, np.int64)
 
-    def allowed(self) -> tuple[np.ndarray, dict[str, int]]:
-        """Bitmap over video rows (V,) bool, and what each rule took; a video under two rules counts for the first."""
-        bundle = self.bundle
-        allowed_V = bundle.eligible.copy()
-        removed = {"ineligible": len(bundle.videos) - bundle.n_eligible}
-        if bundle.newest_upload_ms > self.query.now_ms:
-            removed["not_yet_uploaded"] = _clear(allowed_V, np.flatnonzero(bundle.upload_ts_ms > self.query.now_ms))
-        if self.oldest_ms is not None:
-            upload_V = bundle.upload_ts_ms
-            removed["too_old"] = _clear(allowed_V, np.flatnonzero((upload_V >= 0) & (upload_V < self.oldest_ms)))
-        removed["seen"] = _clear(allowed_V, self.seen_rows)
-        removed["excluded"] = _clear(allowed_V, self.excluded_rows)
-        removed["own"] = _clear(allowed_V, bundle.uploads.of(np.array([self.query.user_id])))
-        removed["blocked_author"] = _clear(allowed_V, bundle.uploads.of(self.blocked_authors))
-        return allowed_V, {reason: count for reason, count in removed.items() if count}
+    def allowed(self) -> tuple[Allowed, dict[str, int]]:
+        """What may be shown, and what each rule took; a video under two rules counts for the first."""
+        shared = self.bundle.eligibility.at(self.query.now_ms)
+        own = self.bundle.uploads.of(np.array([self.query.user_id]))
+        blocked = self.bundle.uploads.of(self.blocked_authors)
+        allowed, (seen, excluded, own, blocked) = shared.without(self.seen_rows, self.excluded_rows, own, blocked)
+        removed = {
+            "ineligible": len(self.bundle.videos) - self.bundle.n_eligible,
+            "not_yet_uploaded": shared.not_yet_uploaded,
+            "too_old": shared.too_old,
+            "seen": seen,
+            "excluded": excluded,
+            "own": own,
+            "blocked_author": blocked,
+        }
+        return allowed, {reason: count for reason, count in removed.items() if count}
 
     def broken(self, rows_K: np.ndarray, unconnected_K: np.ndarray) -> dict[str, np.ndarray]:
         """The same rules asked of single videos: a mask (K,) a reason, True where the rule is broken."""
@@ -72,10 +72,3 @@ class Rules:
         if self.oldest_ms is not None:
             masks["too_old"] = (upload_K >= 0) & (upload_K < self.oldest_ms)
         return masks
-
-
-def _clear(allowed_V: np.ndarray, rows: np.ndarray) -> int:
-    """Turn distinct rows off; how many were on."""
-    count = int(allowed_V[rows].sum())
-    allowed_V[rows] = False
-    return count

@@ -1,6 +1,6 @@
 """Candidates for one query: every source, searched inside the allowed rows, blended, and checked once more.
 
-V video rows, K candidates. The sources promise to stay inside `allowed`; what they return is checked against the
+K candidates. The sources promise to stay inside `allowed`; what they return is checked against the
 rules themselves, so that a source that breaks its promise loses candidates and never shows a filtered video.
 """
 
@@ -11,7 +11,9 @@ from dataclasses import replace
 
 import numpy as np
 
+from candidate_gen.allowed import Allowed
 from candidate_gen.blend import Pool, blend
+from candidate_gen.popular import segments
 from candidate_gen.sources import AnnSource, PopularSource, Retrieved, SourceQuery
 from serving.bundle import FeedBundle
 from serving.filters import Rules
@@ -21,28 +23,30 @@ from serving.trace import Counts
 _log = logging.getLogger(__name__)
 
 
-def retrieve_pool(bundle: FeedBundle, query: Query, rules: Rules, allowed_V: np.ndarray, k: int, stage: Counts) -> Pool:
+def retrieve_pool(bundle: FeedBundle, query: Query, rules: Rules, allowed: Allowed, k: int, stage: Counts) -> Pool:
     """At most k candidates, best first; `stage` counts from the allowed rows down to the pool."""
     vector_BD = bundle.towers.user_vectors(model_inputs(bundle, query, np.zeros(0, np.int64)))
-    asked = _source_query(query, allowed_V, vector_BD[0])
+    asked = _source_query(bundle, query, allowed, vector_BD[0])
     retrieved = {source.name: source.retrieve(asked, k) for source in bundle.sources}
-    return _checked(bundle, query, rules, retrieved, k, stage, int(allowed_V.sum()))
+    return _checked(bundle, query, rules, retrieved, k, stage, allowed.count)
 
 
-def popular_pool(bundle: FeedBundle, query: Query, rules: Rules, allowed_V: np.ndarray, k: int, stage: Counts) -> Pool:
+def popular_pool(bundle: FeedBundle, query: Query, rules: Rules, allowed: Allowed, k: int, stage: Counts) -> Pool:
     """The popular source alone: no model is asked."""
-    asked = _source_query(query, allowed_V, np.zeros(bundle.index.dim, np.float32))
+    asked = _source_query(bundle, query, allowed, np.zeros(bundle.index.dim, np.float32))
     retrieved = {s.name: s.retrieve(asked, k) for s in bundle.sources if s.name == PopularSource.name}
-    return _checked(bundle, query, rules, retrieved, k, stage, int(allowed_V.sum()))
+    return _checked(bundle, query, rules, retrieved, k, stage, allowed.count)
 
 
-def _source_query(query: Query, allowed_V: np.ndarray, vector_D: np.ndarray) -> SourceQuery:
+def _source_query(bundle: FeedBundle, query: Query, allowed: Allowed, vector_D: np.ndarray) -> SourceQuery:
     return SourceQuery(
         user_vector_D=vector_D,
+        history=query.history,
         followed_authors=query.followed_authors,
-        allowed=allowed_V,
+        allowed=allowed,
         now_ms=query.now_ms,
         surface=query.surface,
+        segment=int(segments(bundle.users, np.array([query.user_row]), bundle.config.popular_segment)[0]),
     )
 
 

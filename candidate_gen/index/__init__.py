@@ -2,7 +2,7 @@
 
 from candidate_gen.index.build import Progress, build
 from candidate_gen.index.config import IndexConfig
-from candidate_gen.index.search import Allowed, VideoIndex
+from candidate_gen.index.search import RowFilter, VideoIndex
 from candidate_gen.index.shards import Shards
 
-__all__ = ["Allowed", "IndexConfig", "Progress", "Shards", "VideoIndex", "build"]
+__all__ = ["IndexConfig", "Progress", "RowFilter", "Shards", "VideoIndex", "build"]

@@ -23,7 +23,7 @@ class IndexConfig:
     """Inverted lists; 0 takes `lists_for`."""
     probes: int = 0
     """Lists searched first; more follow while results are missing. 0 takes `probes_for`."""
-    kept_variance: float = 0.998
+    kept_variance: float = 0.999
     """Lists and codes live in the fewest principal directions that hold this share of the variance, weighted by how
     much queries look along them; trained towers leave most of their 64 dimensions nearly empty. The stored vectors
     keep all dimensions."""

@@ -31,7 +31,7 @@ SCAN_BLOCK = 65_536
 
 
 @dataclass(frozen=True, slots=True)
-class Allowed:
+class RowFilter:
     """Rows that a search may return, made once by `VideoIndex.allow` and shared by any number of searches."""
 
     bits: np.ndarray
@@ -57,7 +57,7 @@ class VideoIndex:
             raise ValueError(
                 f"{folder}: stored.faiss, indexed.npy and index.json differ in rows; build the index again"
             )
-        self.everything = Allowed(bits, int(np.bitwise_count(bits).sum()), everything=True)
+        self.everything = RowFilter(bits, int(np.bitwise_count(bits).sum()), everything=True)
         if self.everything.count != described["videos"]:
             raise ValueError(f"{folder}: indexed.npy and index.json differ in videos; build the index again")
         self.underfilled = 0
@@ -109,7 +109,7 @@ class VideoIndex:
         """The same index in another folder (created)."""
         shutil.copytree(self.folder, folder)
 
-    def allow(self, rows: np.ndarray) -> Allowed:
+    def allow(self, rows: np.ndarray) -> RowFilter:
         """A filter from a bool a row (V,) or its packed bits (V / 8,) uint8, for as many searches as wanted."""
         if rows.dtype == bool:
             if len(rows) != self.n_rows:
@@ -119,21 +119,21 @@ class VideoIndex:
             raise ValueError(f"`allowed` has {8 * len(rows)} bits, the index {self.n_rows} rows")
         bits = rows & self.everything.bits
         count = int(np.bitwise_count(bits).sum())
-        return Allowed(bits, count, everything=count == len(self))
+        return RowFilter(bits, count, everything=count == len(self))
 
     def search(
         self,
         query_QD: np.ndarray,
         k: int,
         *,
-        allowed: Allowed | np.ndarray | None = None,
+        allowed: RowFilter | np.ndarray | None = None,
         excluded_rows: np.ndarray | None = None,
         probes: int | None = None,
         rerank: int | None = None,
     ) -> tuple[np.ndarray, np.ndarray]:
         """Best rows (Q, k) int64 and scores (Q, k) float32, padded with -1 and -inf; k results wherever k exist.
 
-        `allowed` is a bool a row, or better an `Allowed` (nothing of the catalogue's size is then touched);
+        `allowed` is a bool a row, or better an `RowFilter` (nothing of the catalogue's size is then touched);
         `excluded_rows` lists further rows to leave out: seen videos, blocked authors'. `probes` and `rerank` stand in
         for the configuration's.
         """
@@ -142,7 +142,7 @@ class VideoIndex:
             raise ValueError(f"queries have shape {query_QD.shape}; this index wants (any, {self.dim})")
         if allowed is None:
             allowed = self.everything
-        elif not isinstance(allowed, Allowed):
+        elif not isinstance(allowed, RowFilter):
             allowed = self.allow(allowed)
         excluded = _distinct(excluded_rows, allowed.bits)
         expected = min(k, allowed.count - len(excluded))
@@ -170,7 +170,7 @@ class VideoIndex:
         query_QD: np.ndarray,
         k: int,
         expected: int,
-        allowed: Allowed,
+        allowed: RowFilter,
         excluded: np.ndarray,
         probes: int | None,
         rerank: int | None,
@@ -203,7 +203,7 @@ class VideoIndex:
         return int(self._probes * np.sqrt(len(self) / n_allowed))
 
     def _scan(
-        self, query_QD: np.ndarray, k: int, allowed: Allowed, excluded: np.ndarray
+        self, query_QD: np.ndarray, k: int, allowed: RowFilter, excluded: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
         """Exact search of the allowed rows, in pieces that fit the cache and the memory."""
         n = len(query_QD)
@@ -221,7 +221,7 @@ def _parameters(probes: int, factor: float, selector: Any) -> Any:
     return faiss.IndexRefineSearchParameters(k_factor=factor, base_index_params=mapped)
 
 
-def _selector(allowed: Allowed, excluded: np.ndarray) -> tuple[Any, list]:
+def _selector(allowed: RowFilter, excluded: np.ndarray) -> tuple[Any, list]:
     """FAISS's selector, or None where every row passes, and what must live as long as it."""
     parts: list[Any] = []
     if not allowed.everything:

@@ -33,6 +33,39 @@ def test_a_video_that_several_sources_found_counts_for_the_first_and_names_the_o
     assert pool.score_K[list(pool.rows_K).index(4)] == 0.0  # the score of the source it counts for
 
 
+def test_a_video_deep_in_one_list_does_not_lose_its_place_at_the_top_of_another() -> None:
+    """followed 25, ann 50, fresh 25 of 100: ann holds fresh's best at its place 200, far beyond its quota."""
+    deep = [*range(100, 300), 7, 8, 9]
+    pool = blended(
+        100, followed=retrieved(*range(30, 60)), ann=retrieved(*deep), fresh=retrieved(7, 8, *range(400, 500))
+    )
+    reasons = {int(row): pool.reason(i) for i, row in enumerate(pool.rows_K)}
+    assert (reasons[7], reasons[8]) == ("fresh, also ann", "fresh, also ann")
+    assert 9 not in reasons
+    assert np.bincount(pool.source_K).tolist() == [25, 50, 25]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_pools_of_random_lists_are_those_of_a_plain_loop(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    for _ in range(50):
+        k = int(rng.integers(0, 120))
+        lists = {q.source: rng.permutation(150)[: rng.integers(0, 120)].tolist() for q in QUOTAS}
+        pool = blended(k, **{name: retrieved(*rows) for name, rows in lists.items()})
+        taken: dict[int, str] = {}
+        limits = [min(len(lists[q.source]), q.at_most or 10**9) for q in QUOTAS]
+        for target in (allot(np.array([len(rows) for rows in lists.values()]), QUOTAS, k), limits):
+            for quota, most in zip(QUOTAS, target, strict=True):
+                for row in lists[quota.source]:
+                    if row not in taken and list(taken.values()).count(quota.source) < most and len(taken) < k:
+                        taken[row] = quota.source
+        assert {int(row): pool.sources[s] for row, s in zip(pool.rows_K, pool.source_K, strict=True)} == taken
+        for s, name in enumerate(pool.sources):
+            of_source = pool.rows_K[pool.source_K == s].tolist()
+            assert of_source == [row for row in lists[name] if row in of_source]
+            assert np.array_equal(pool.found_by_KS[:, s], np.isin(pool.rows_K, lists[name]))
+
+
 def test_shares_hold_when_every_source_has_plenty() -> None:
     pool = blended(
         100, followed=retrieved(*range(200)), ann=retrieved(*range(200, 400)), fresh=retrieved(*range(400, 600))

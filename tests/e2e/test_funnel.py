@@ -32,7 +32,7 @@ def test_the_demo_goes_from_nothing_to_served_feeds_a_replay_and_a_report(demo: 
     for item in (item for feed in run["feeds"] for item in feed["items"]):
         assert 0 < item["propensity"] <= 1
         assert sum(item["terms"].values()) == pytest.approx(item["value"], abs=1e-6)
-        assert item["source"] in ("ann", "followed", "popular", "fresh")
+        assert item["source"] in ("ann", "covisit", "followed", "popular", "fresh")
         assert 0 < item["scores"]["long_view"] < 1
     logged = next(p for p in run["replay"]["policies"] if p["policy"] == "logged")
     assert logged["diagnostics"]["mean_weight"] == pytest.approx(1.0)

@@ -110,6 +110,8 @@ def full_run() -> dict:
             {"name": "two towers", "recall@100": 0.3121},
             {"name": "popularity", "recall@100": 0.1, "extra": 2},
         ],
+        "pools": [{"slice": "all", "queries": 1234, "pool recall": 0.7319}],
+        "channels": [{"slice": "all", "source": "covisit", "alone": 0.5, "marginal": 0.0417}],
         "ranking": [{"task": "like", "auc": float("nan"), "calibration": 1.0}],
         "primary": [{"name": "ranker", "gauc": 0.65, "ndcg5": 0.5, "primary": 0.575}],
         "reliability": {"long_view": {name: values.tolist() for name, values in curve.items()}},
@@ -144,7 +146,17 @@ def test_everything_it_is_given_is_escaped(html):
 
 def test_every_section_shows_its_numbers(html):
     text = Page(html).text
-    for shown in ("171,671", "1 min 15 s", "0.3121", "0.5750", "1 of 1 rules failed", "-4611686018427387905", "31 s"):
+    for shown in (
+        "171,671",
+        "1 min 15 s",
+        "0.3121",
+        "0.7319",
+        "0.0417",
+        "0.5750",
+        "1 of 1 rules failed",
+        "-4611686018427387905",
+        "31 s",
+    ):
         assert shown in text
     assert "long_view +0.900, hate -0.200, like +0.010" in text  # largest first, three of four
     assert "first 2 slots" in text

@@ -150,7 +150,7 @@ def test_a_source_that_ignores_the_filter_loses_its_candidates(world, bundle):
         name = "ann"
 
         def retrieve(self, query, k):
-            rows = np.arange(1, len(query.allowed))
+            rows = np.arange(1, 8 * len(query.allowed.bits) - 8)
             return Retrieved(rows, np.ones(len(rows), np.float32))
 
     feed = Feed(replace(bundle, sources=(Lying(),)), NoStore())
@@ -283,8 +283,9 @@ def test_without_retrieval_the_popular_list_answers_filtered(world, bundle):
 
     feed = Feed(replace(bundle, towers=NoTowers()), NoStore())
     user = int(bundle.users.ids[0])
-    blocked = [int(bundle.author_id[bundle.popular_rows[0]])]
-    response = feed.get_feed(FeedRequest(user_id=user, blocked_author_ids=blocked, now_ms=world.now_ms))
+    request = FeedRequest(user_id=user, now_ms=world.now_ms)
+    blocked = [item.author_id for item in feed.get_feed(request).items[:2]]
+    response = feed.get_feed(replace(request, blocked_author_ids=blocked))
     assert response.level == Level.POPULAR
     assert len(response.items) == 10
     assert {item.sources for item in response.items} == {("popular",)}

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import shutil
 from dataclasses import asdict, replace
 from importlib.metadata import version
@@ -156,12 +155,12 @@ def _device_name(device: torch.device) -> str:
     return f"cpu, {torch.get_num_threads()} threads"
 
 
-def _mean_and_spread(figures: list[dict[str, float]]) -> dict[str, dict[str, float]]:
-    """Mean and sample standard deviation over seeds (NaN of one)."""
+def _mean_and_spread(figures: list[dict[str, float]]) -> dict[str, dict[str, float | None]]:
+    """Mean and sample standard deviation over seeds (None of one)."""
     return {
         name: {
             "mean": float(np.mean([f[name] for f in figures])),
-            "sd": float(np.std([f[name] for f in figures], ddof=1)) if len(figures) > 1 else math.nan,
+            "sd": float(np.std([f[name] for f in figures], ddof=1)) if len(figures) > 1 else None,
         }
         for name in figures[0]
     }

@@ -70,7 +70,9 @@ class Epoch:
     ndcg: float
     """NDCG@10 on the validation items; NaN in a refit, which has none."""
     hr: float
-    seconds: float
+    wall_s: float
+    cpu_s: float
+    """Of this process, validation included."""
     targets_per_s: float
 
 
@@ -139,7 +141,7 @@ class Trainer:
         return summarise(ranking, self.sequences.n_items)
 
     def _train_epoch(self) -> None:
-        epoch, started = len(self.epochs), time.perf_counter()
+        epoch, started, cpu_started = len(self.epochs), time.perf_counter(), time.process_time()
         batches = list(self._batches(epoch))
         targets = int(self.windows.size_W.sum())
         per_batch = targets / len(batches)
@@ -161,7 +163,8 @@ class Trainer:
                 train_loss=loss_sum / targets,
                 ndcg=metrics.get("ndcg@10", math.nan),
                 hr=metrics.get("hr@10", math.nan),
-                seconds=time.perf_counter() - started,
+                wall_s=time.perf_counter() - started,
+                cpu_s=time.process_time() - cpu_started,
                 targets_per_s=targets / seconds,
             )
         )
@@ -212,7 +215,7 @@ class Trainer:
         return bool(self.epochs) and not self.refit and len(self.epochs) - 1 - self.best.epoch >= self.config.patience
 
     def _tell(self, epoch: int, step: int, steps: int, loss: float, rate: float) -> None:
-        pace_s = sum(e.seconds for e in self.epochs) / len(self.epochs) if self.epochs else 0.0
+        pace_s = sum(e.wall_s for e in self.epochs) / len(self.epochs) if self.epochs else 0.0
         pace_s = pace_s or int(self.windows.size_W.sum()) / rate
         left_min = (self.epochs_wanted - epoch - step / steps) * pace_s / 60
         best = (

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 COMMANDS = ["demo", "run", "ingest", "train", "index", "evaluate", "publish", "rollback", "serve", "feed", "replay"]
-COMMANDS += ["report", "recipes", "doctor"]
+COMMANDS += ["sequential", "report", "recipes", "doctor"]
 
 
 def reelrank(*arguments: str) -> subprocess.CompletedProcess:

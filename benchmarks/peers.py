@@ -166,7 +166,7 @@ class Scann:
     def settings(self, k: int) -> list[dict[str, Any]]:
         return [
             {"leaves": leaves, "reorder": reorder}
-            for leaves, reorder in product(PROBES, (2 * k, 4 * k, 8 * k))
+            for leaves, reorder in product(PROBES, (2 * k, 3 * k, 4 * k, 6 * k))
             if leaves <= self.leaves
         ]
 
@@ -231,12 +231,14 @@ def engines(n: int, dim: int) -> list[Engine]:
         Hnswlib(name="hnswlib M32", m=32),
         Usearch(name="usearch f32", dtype="f32"),
         Usearch(name="usearch bf16", dtype="bf16"),
+        Scann(name=f"ScaNN {lists // 4}", leaves=lists // 4),
         Scann(name=f"ScaNN {lists // 2}", leaves=lists // 2),
         Scann(name=f"ScaNN {lists}", leaves=lists),
         Scann(name=f"ScaNN {lists} SOAR", leaves=lists, soar=True),
         Faiss(name="FAISS HNSW16", factory="HNSW16"),
         Faiss(name="FAISS HNSW16 SQ8", factory="HNSW16_SQ8"),
         Faiss(name=f"FAISS IVF{lists},Flat", factory=f"IVF{lists},Flat", lists=lists),
+        Faiss(name=f"FAISS IVF{lists // 4},Flat", factory=f"IVF{lists // 4},Flat", lists=lists // 4),
         Faiss(name=f"FAISS IVF{lists},PQfs+SQ8", factory=f"IVF{lists},PQ{dim}x4fsr,Refine(SQ8)", lists=lists),
     ]
 

@@ -1,10 +1,10 @@
-"""Residual 4-bit product codes, packed as FAISS's fast-scan kernels read them.
+"""Residual product codes of 4-bit nibbles, packed as FAISS's fast-scan kernels read them.
 
-A code is M nibbles: M = D gives every dimension four bits, M = D/2 every pair of dimensions. Kernels look up 32 codes
-at once, so codes are stored in blocks of 32, transposed: for each pair of nibbles, 32 bytes that hold that pair of all
-32 codes (FAISS, `pq4_pack_codes`; Andre, Kermarrec and Le Scouarnec, "Quicker ADC").
+A dimension has 8 bits (a nibble, and a second one for what the first leaves), 4, or 2 (pairs of dimensions share a
+nibble). Kernels look up 32 codes at once, so codes are stored in blocks of 32, transposed: for each pair of nibbles, 32
+bytes that hold that pair of all 32 codes (FAISS, `pq4_pack_codes`; Andre, Kermarrec and Le Scouarnec, "Quicker ADC").
 
-N vectors, D width, M nibbles a code.
+N vectors, R dimensions, M nibbles a code, d dimensions a nibble.
 """
 
 from __future__ import annotations
@@ -23,48 +23,72 @@ _ORDER = np.array([0, 8, 1, 9, 2, 10, 3, 11, 4, 12, 5, 13, 6, 14, 7, 15])
 
 
 class Codebook:
-    """One small k-means a group of D / M dimensions, over residuals."""
+    """Sixteen values a nibble; a code stands for the sum of its nibbles' values."""
 
-    def __init__(self, centroid_MKd: np.ndarray) -> None:
-        self.nibbles, levels, width = centroid_MKd.shape
-        if levels != 16:
-            raise ValueError(f"codebook holds {levels} levels a nibble, 4-bit codes have 16")
-        self.centroid_MKd = np.ascontiguousarray(centroid_MKd, dtype=np.float32)
-        self.dim = self.nibbles * width
-        self._pq = faiss.ProductQuantizer(self.dim, self.nibbles, 4)
-        faiss.copy_array_to_vector(self.centroid_MKd.ravel(), self._pq.centroids)
+    def __init__(self, value_MKd: np.ndarray, dim: int) -> None:
+        self.nibbles, levels, width = value_MKd.shape
+        self.stages, odd = divmod(self.nibbles * width, dim)
+        if levels != 16 or odd or self.stages not in (1, 2) or (self.stages == 2 and width > 1):
+            raise ValueError(f"codebook has shape {value_MKd.shape}, which is none of {dim} dimensions")
+        self.dim, self.value_MKd = dim, np.ascontiguousarray(value_MKd, dtype=np.float32)
+        self._pairs = faiss.ProductQuantizer(dim, self.nibbles, 4) if width > 1 else None
+        if self._pairs is not None:
+            faiss.copy_array_to_vector(self.value_MKd.ravel(), self._pairs.centroids)
 
     @classmethod
-    def train(cls, residual_ND: np.ndarray, nibbles: int, seed: int) -> Codebook:
-        """Learn from residuals of the training sample."""
-        pq = faiss.ProductQuantizer(residual_ND.shape[1], nibbles, 4)
-        pq.cp.seed, pq.cp.min_points_per_centroid = seed, 1
-        pq.train(np.ascontiguousarray(residual_ND, dtype=np.float32))
-        centroid_MKd = faiss.vector_to_array(pq.centroids).reshape(nibbles, 16, residual_ND.shape[1] // nibbles)
-        if centroid_MKd.shape[2] == 1:
-            centroid_MKd = np.sort(centroid_MKd, axis=1)  # `encode` counts the borders below a value
-        return cls(centroid_MKd)
+    def train(cls, residual_NR: np.ndarray, bits: int, seed: int) -> Codebook:
+        """Learn from residuals of the training sample; `bits` a dimension: 2, 4 or 8."""
+        dim = residual_NR.shape[1]
+        if bits == 2:
+            return cls(_values(residual_NR, dim // 2, seed), dim)
+        first = cls(_values(residual_NR, dim, seed), dim)
+        if bits == 4:
+            return first
+        left_NR = residual_NR - np.take_along_axis(first._level_KR, first._levels(residual_NR, 0), axis=0)
+        return cls(np.concatenate([first.value_MKd, _values(left_NR, dim, seed)]), dim)
 
     @property
     def code_bytes(self) -> int:
         """Bytes of one code."""
         return self.nibbles // 2
 
-    def encode(self, residual_ND: np.ndarray) -> np.ndarray:
-        """(N, M / 2) uint8. One dimension a nibble is compared with its 15 borders: 6 times as fast as FAISS's search
-        for the nearest of 16 levels."""
-        if self.dim > self.nibbles:
-            return self._pq.compute_codes(np.ascontiguousarray(residual_ND, dtype=np.float32))
-        level_MK = self.centroid_MKd[:, :, 0]
-        border_MK = (level_MK[:, 1:] + level_MK[:, :-1]) / 2
-        level_NM = np.zeros(residual_ND.shape, np.uint8)
-        for border_M in border_MK.T:
-            level_NM += residual_ND > border_M
-        return level_NM[:, 0::2] | (level_NM[:, 1::2] << 4)
+    def encode(self, residual_NR: np.ndarray) -> np.ndarray:
+        """(N, M / 2) uint8. A dimension of its own is compared with its 15 borders: 6 times as fast as FAISS's search
+        for the nearest of 16 values."""
+        if self._pairs is not None:
+            return self._pairs.compute_codes(np.ascontiguousarray(residual_NR, dtype=np.float32))
+        level_NM, left_NR = [], residual_NR
+        for stage in range(self.stages):
+            level_NM.append(self._levels(left_NR, stage))
+            if stage + 1 < self.stages:
+                left_NR = left_NR - np.take_along_axis(self._level_KR, level_NM[-1], axis=0)
+        level = np.concatenate(level_NM, axis=1)
+        return level[:, 0::2] | (level[:, 1::2] << 4)
+
+    @property
+    def _level_KR(self) -> np.ndarray:
+        """The first nibbles' values, by level."""
+        return np.ascontiguousarray(self.value_MKd[: self.dim, :, 0].T)
+
+    def _levels(self, value_NR: np.ndarray, stage: int) -> np.ndarray:
+        level_RK = self.value_MKd[stage * self.dim : (stage + 1) * self.dim, :, 0]
+        level_NR = np.zeros(value_NR.shape, np.uint8)
+        for border_R in ((level_RK[:, 1:] + level_RK[:, :-1]) / 2).T:
+            level_NR += value_NR > border_R
+        return level_NR
 
     def install(self, index: Any) -> None:
         """Make a FAISS index decode with this codebook."""
-        faiss.copy_array_to_vector(self.centroid_MKd.ravel(), index.pq.centroids)
+        faiss.copy_array_to_vector(self.value_MKd.ravel(), index.pq.centroids)
+
+
+def _values(residual_NR: np.ndarray, nibbles: int, seed: int) -> np.ndarray:
+    """(M, 16, d) float32, ascending where d is 1: `encode` counts the borders below a value."""
+    pq = faiss.ProductQuantizer(residual_NR.shape[1], nibbles, 4)
+    pq.cp.seed, pq.cp.min_points_per_centroid = seed, 1
+    pq.train(np.ascontiguousarray(residual_NR, dtype=np.float32))
+    value_MKd = faiss.vector_to_array(pq.centroids).reshape(nibbles, 16, residual_NR.shape[1] // nibbles)
+    return np.sort(value_MKd, axis=1) if value_MKd.shape[2] == 1 else value_MKd
 
 
 def pack(code_NB: np.ndarray) -> np.ndarray:

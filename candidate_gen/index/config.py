@@ -27,8 +27,9 @@ class IndexConfig:
     """Lists and codes live in the fewest principal directions that hold this share of the variance, weighted by how
     much queries look along them; trained towers leave most of their 64 dimensions nearly empty. The stored vectors
     keep all dimensions."""
-    dims_per_nibble: int = 1
-    """Dimensions that share four bits of a code: 1 for precision, 2 for half the memory and scanning."""
+    code_bits: int = 8
+    """Of each dimension that codes keep: 8, 4 or 2. What codes cannot tell apart, `rerank` must make up for, and at a
+    hundred million videos the best thousand differ by less than 4 bits show."""
     stored: str = "auto"
     """How vectors are kept for exact scores: float16, int8 or int4; "auto" is float16 below two million videos, then
     int8."""
@@ -47,8 +48,8 @@ class IndexConfig:
             raise ValueError(f"IndexConfig.stored {self.stored!r}: choose auto, {', '.join(STORED)}")
         if not 0.0 < self.kept_variance <= 1.0:
             raise ValueError(f"IndexConfig.kept_variance is {self.kept_variance}: give more than 0, at most 1")
-        if self.dims_per_nibble not in (1, 2):
-            raise ValueError(f"IndexConfig.dims_per_nibble is {self.dims_per_nibble}: give 1 or 2")
+        if self.code_bits not in (2, 4, 8):
+            raise ValueError(f"IndexConfig.code_bits is {self.code_bits}: give 2, 4 or 8")
 
     def kind_for(self, videos: int) -> str:
         """flat or ivf."""
@@ -59,11 +60,11 @@ class IndexConfig:
         return ("float16" if videos < 2_000_000 else "int8") if self.stored == "auto" else self.stored
 
     def lists_for(self, videos: int) -> int:
-        """6.6 sqrt(videos) rounded down to a power of two: 4,096 for a million, 65,536 for a hundred million; never so
+        """3.3 sqrt(videos) rounded down to a power of two: 2,048 for a million, 32,768 for a hundred million; never so
         many that FAISS's 39 training vectors a list are missing."""
-        wish = self.lists or 1 << int(np.log2(max(6.6 * np.sqrt(videos), 16)))
+        wish = self.lists or 1 << int(np.log2(max(3.3 * np.sqrt(videos), 16)))
         return max(1, min(wish, videos // 39, MAX_LISTS))
 
     def probes_for(self, lists: int) -> int:
-        """Lists searched first: all of a few, 128 of thousands, a 256th part of very many."""
-        return min(lists, self.probes or max(128, lists // 256))
+        """Lists searched first: all of a few, 64 of thousands, a 512th part of very many."""
+        return min(lists, self.probes or max(64, lists // 512))

@@ -5,9 +5,9 @@ of their second moment, and queries by its inverse, which leaves inner products 
 
     q . x = (q S^-1) . (S x)
 
-In that space the expected squared error of an inner product is the plain squared error, which is what k-means and
-codes minimise, and the principal directions are those that matter to the ranking. Two-tower queries lie off the videos'
-distribution, and where a coordinate is an additive prior all of them look along it. Without sample queries S is 1.
+Principal directions of the scaled videos are those that matter to the ranking; each is then balanced, so that queries
+and videos vary equally along it. Two-tower queries lie off the videos' distribution, and where a coordinate is an
+additive prior all of them look along it. Without sample queries S is 1.
 
 D width of the vectors, R of the codes' space (R <= D), N videos and Q queries of the samples.
 """
@@ -60,8 +60,7 @@ class Trained:
         few_NR = mapped_NR[:CODEBOOK_SAMPLE]
         residual_NR = few_NR - clusters.centroid_LD[clusters.assign(few_NR)]
         on_progress("codebook")
-        nibbles = len(video_map_RD) // config.dims_per_nibble
-        return cls(video_map_RD, query_map_RD, clusters, Codebook.train(residual_NR, nibbles, config.seed))
+        return cls(video_map_RD, query_map_RD, clusters, Codebook.train(residual_NR, config.code_bits, config.seed))
 
     def encode(self, vector_ND: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(list (N,) int32, residual code (N, bytes) uint8) of each vector."""
@@ -73,7 +72,7 @@ class Trained:
     def save(self, folder: Path) -> None:
         """Write into `folder`."""
         arrays = self.video_map_RD, self.query_map_RD, self.clusters.centroid_LD, self.clusters.group_start
-        for name, array in zip(FILES, (*arrays, self.codebook.centroid_MKd), strict=True):
+        for name, array in zip(FILES, (*arrays, self.codebook.value_MKd), strict=True):
             np.save(folder / name, array, allow_pickle=False)
 
     @classmethod
@@ -82,7 +81,7 @@ class Trained:
         video_map, query_map, centroids, group_start, codebook = (
             np.load(folder / name, allow_pickle=False) for name in FILES
         )
-        trained = cls(video_map, query_map, Clusters(centroids, group_start), Codebook(codebook))
+        trained = cls(video_map, query_map, Clusters(centroids, group_start), Codebook(codebook, len(video_map)))
         widths = {len(video_map), len(query_map), centroids.shape[1], trained.codebook.dim}
         if len(widths) != 1 or group_start[-1] != len(centroids):
             raise ValueError(f"{folder}: maps, centroids and codebook differ in width; build the index again")
@@ -101,8 +100,11 @@ def learn_space(
     share_D = np.cumsum(variance_D[order]) / max(variance_D.sum(), 1e-30)
     needed = int(np.searchsorted(share_D, kept_variance - 1e-12)) + 1
     wanted = min(-(-needed // _ALIGN) * _ALIGN, sample_ND.shape[1])
+    # Half the spread of each direction goes to the queries, so that lists are cut along all of them and not along the
+    # strongest alone: at a million videos .988 instead of .982 of the top 100.
+    spread_R1 = np.maximum(variance_D[order[:wanted], None], 1e-12) ** 0.25
     kept_RD = direction_DD[:, order[:wanted]].T
-    video_map_RD, query_map_RD = kept_RD @ scale_DD, kept_RD @ inverse_DD
+    video_map_RD, query_map_RD = kept_RD @ scale_DD / spread_R1, kept_RD @ inverse_DD * spread_R1
     return np.ascontiguousarray(video_map_RD, np.float32), np.ascontiguousarray(query_map_RD, np.float32)
 
 

@@ -76,26 +76,42 @@ def test_every_number_of_lists_can_be_had_even_of_few_or_equal_vectors(lists: in
         assert clusters.assign(x).max() < lists
 
 
-@pytest.mark.parametrize("nibbles", [DIM, DIM // 2])
-def test_packed_codes_are_faiss_s_byte_for_byte(nibbles: int) -> None:
+@pytest.mark.parametrize("bits", [2, 4])
+def test_packed_codes_are_faiss_s_byte_for_byte(bits: int) -> None:
     x = videos(320)
-    codebook = Codebook.train(x, nibbles, seed=1)
-    index = faiss.IndexPQFastScan(DIM, nibbles, 4)
+    codebook = Codebook.train(x, bits, seed=1)
+    index = faiss.IndexPQFastScan(DIM, codebook.nibbles, 4)
     index.train(x)
     codebook.install(index)
     index.add(x)
     theirs = faiss.rev_swig_ptr(index.codes.get(), index.codes.nbytes())
-    mine, exact = codebook.encode(x), codebook._pq.compute_codes(x)
-    assert (mine == exact).mean() > 0.999  # a value half way between two levels may go either way
+    exact = index.pq.compute_codes(x)
+    assert (codebook.encode(x) == exact).mean() > 0.999  # a value half way between two levels may go either way
     ours = pack(exact)
-    assert ours.shape == (320 // 32, 16 * nibbles)
+    assert ours.shape == (320 // 32, 32 * codebook.code_bytes)
     assert np.array_equal(ours.ravel(), theirs[: ours.size])
+
+
+def test_eight_bits_leave_a_tenth_of_the_error_of_four_and_four_a_fifth_of_that_of_two() -> None:
+    x = videos(20_000)
+
+    def error(bits: int) -> float:
+        codebook = Codebook.train(x, bits, seed=1)
+        codes = codebook.encode(x)
+        assert codes.shape == (len(x), DIM * bits // 8)
+        levels = np.stack([codes & 15, codes >> 4], axis=2).reshape(len(x), -1)
+        values = codebook.value_MKd[np.arange(codebook.nibbles), levels]
+        decoded = values.reshape(len(x), codebook.stages, DIM).sum(axis=1)
+        return float(((decoded - x) ** 2).mean())
+
+    assert error(8) < 0.1 * error(4)
+    assert error(4) < 0.2 * error(2)
 
 
 def test_lists_on_disk_answer_as_faiss_s_own_in_memory(tmp_path: Path) -> None:
     x, queries = videos(5000, 1), videos(40, 2)
-    index = VideoIndex.build([(np.arange(1, 5001), x)], 5001, IndexConfig(kind="ivf", lists=50), tmp_path)
-    trained = index.trained
+    config = IndexConfig(kind="ivf", lists=50, code_bits=4)
+    trained = VideoIndex.build([(np.arange(1, 5001), x)], 5001, config, tmp_path).trained
     width = len(trained.query_map_RD)
     quantizer = faiss.IndexFlatIP(width)
     quantizer.add(trained.clusters.centroid_LD)
@@ -116,16 +132,6 @@ def test_lists_on_disk_answer_as_faiss_s_own_in_memory(tmp_path: Path) -> None:
     assert np.array_equal(np.sort(ours.rows()), rows)
 
 
-def test_many_lists_are_routed_by_their_codes_and_lose_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    x, queries = videos(20_000, 1), videos(50, 2)
-    config = IndexConfig(kind="ivf", exact_below=0, lists=500, probes=40)
-    exact = VideoIndex.build([(np.arange(1, 20_001), x)], 20_001, config, tmp_path)
-    monkeypatch.setattr("candidate_gen.index.lists.EXACT_ROUTE", 100)
-    coded = VideoIndex(tmp_path)
-    expected, found = exact.search(queries, 100)[0], coded.search(queries, 100)[0]
-    assert np.mean([np.isin(a, b).mean() for a, b in zip(expected, found, strict=True)]) > 0.98
-
-
 @pytest.mark.parametrize(("kind", "worst"), [("float16", 0.0005), ("int8", 0.006), ("int4", 0.09)])
 def test_stored_vectors_come_back_as_precise_as_their_kind(tmp_path: Path, kind: str, worst: float) -> None:
     x = videos(1000)
@@ -142,9 +148,10 @@ def test_the_codes_space_keeps_products_and_the_asked_share_of_the_variance() ->
     kept = {}
     for share in (0.5, 0.9, 1.0):
         video_map, query_map = learn_space(x, None, share)
-        assert np.allclose(video_map @ video_map.T, np.eye(len(video_map)), atol=1e-5)
+        assert np.allclose(video_map @ query_map.T, np.eye(len(video_map)), atol=1e-4)
         centred = x - x.mean(axis=0)
-        assert ((centred @ video_map.T) ** 2).sum() >= (share - 1e-4) * (centred**2).sum()
+        kept_part = centred @ video_map.T @ query_map
+        assert (kept_part**2).sum() >= (share - 1e-4) * (centred**2).sum()
         kept[share] = len(query_map)
     assert kept[0.5] < kept[0.9] < kept[1.0] == DIM
     video_map, query_map = learn_space(x, queries, 1.0)
@@ -156,13 +163,13 @@ def test_codes_are_finer_along_what_queries_look_at() -> None:
     x = videos(20_000, 1)
     queries = 0.2 * videos(500, 2)
     queries[:, 3] += 1.0
-    config = IndexConfig(kept_variance=1.0)
+    config = IndexConfig(kept_variance=1.0, code_bits=4)
 
     def error(sample_queries: np.ndarray | None) -> float:
         trained = Trained.fit(x, 64, config, sample_queries)
         lists, codes = trained.encode(x)
         levels = np.stack([codes & 15, codes >> 4], axis=2).reshape(len(x), -1)
-        residual = trained.codebook.centroid_MKd[np.arange(levels.shape[1]), levels, 0]
+        residual = trained.codebook.value_MKd[np.arange(levels.shape[1]), levels, 0]
         seen = (queries @ trained.query_map_RD.T) @ (trained.clusters.centroid_LD[lists] + residual).T
         return float(((seen - queries @ x.T) ** 2).mean())
 

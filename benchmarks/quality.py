@@ -22,6 +22,8 @@ KEPT = (
     "stages",
     "retrieval",
     "retrieval_note",
+    "pools",
+    "channels",
     "ranking",
     "primary",
 )

@@ -106,6 +106,9 @@ class CovisitSource:
         rows, scores = self._covisits.similar(*liked(query.history, self._config))
         allowed = query.allowed.has(rows)
         rows, scores = rows[allowed], scores[allowed]
+        if 0 < k < len(rows):  # sort few: those that score at least as the k-th does
+            high = scores >= np.partition(scores, -k)[-k]
+            rows, scores = rows[high], scores[high]
         best = np.lexsort((rows, -scores))[:k]
         return Retrieved(rows[best], scores[best])
 

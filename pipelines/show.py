@@ -103,6 +103,8 @@ def print_metrics(record: dict, console: Console | None = None) -> None:
     console = console or output()
     rows = record["retrieval"]["rows"] if isinstance(record["retrieval"], dict) else record["retrieval"]
     console.print(_table("Retrieval on days never trained on", rows))
+    channels = record["channels"]["rows"] if isinstance(record["channels"], dict) else record["channels"]
+    console.print(_table("What each candidate source brings to the pool", channels))
     console.print(_table("Ranking on days never trained on", record["ranking"], skip=("calibration_two_se",)))
     console.print(_table("long_view within a user's impressions (KuaiRand's protocol)", record["primary"]))
 
@@ -111,7 +113,7 @@ def _table(title: str, rows: list[dict], skip: tuple[str, ...] = ()) -> Table:
     table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
     names = [name for name in dict.fromkeys(name for row in rows for name in row) if name not in skip]
     for name in names:
-        table.add_column(name, justify="left" if name in ("name", "task") else "right")
+        table.add_column(name, justify="left" if name in ("name", "task", "slice", "source") else "right")
     for row in rows:
         table.add_row(*[_cell(row.get(name)) for name in names])
     return table

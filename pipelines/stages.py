@@ -17,6 +17,7 @@ import numpy as np
 import polars as pl
 
 from candidate_gen.index import VideoIndex, build
+from candidate_gen.index.check import recall_against_shards
 from candidate_gen.infer import Towers
 from candidate_gen.model import TowerConfig
 from candidate_gen.train import TowersTask
@@ -39,7 +40,13 @@ from pipelines.evaluate_ranking import (
     reliability_points,
     score_examples,
 )
-from pipelines.evaluate_retrieval import evaluate_retrieval, popularity_recall, tower_recall
+from pipelines.evaluate_retrieval import (
+    evaluate_retrieval,
+    make_queries,
+    popularity_recall,
+    tower_recall,
+    user_vectors,
+)
 from pipelines.gate import GateError, Verdict, judge, passed, to_rows
 from pipelines.recipes import Split
 from pipelines.sharding import plan_table
@@ -52,6 +59,8 @@ from ranking.train import RankerTask
 from serving.bundle import write_bundle
 from serving.golden import record
 
+SAMPLE_USERS, CHECKED_USERS, CHECKED_K = 4096, 200, 100
+"""Users whose vectors an index is shaped for; of these, those whose exact top it is checked against."""
 Oracle = Callable[[np.ndarray, np.ndarray, np.ndarray], dict[str, np.ndarray]]
 """(user_id, video_id, ts_ms) -> true probability a signal; only a simulated world has one."""
 
@@ -114,7 +123,8 @@ def index(ws: Workspace, stage: Stage) -> None:
     Publishing builds another as of the log's end."""
     ws.require(ws.towers / "towers.json", "reelrank train")
     dataset = ws.dataset()
-    built = _embed_and_index(ws, dataset, ws.split(dataset).test, ws.index, stage)
+    split = ws.split(dataset)
+    built, _ = _embed_and_index(ws, dataset, split.test, split.validation, ws.index, stage)
     stage.rows, stage.note = len(built), built.kind
 
 
@@ -168,6 +178,12 @@ def publish(ws: Workspace, stage: Stage, *, force: bool = False) -> tuple[str, l
     staged = registry.stage()
     stage.progress("writing the bundle")
     dataset = ws.dataset()
+    index, found = _embed_and_index(ws, dataset, (), dataset.dates[-1:], ws.root / "index-published", stage)
+    if found < ws.recipe.gate.min_index_recall and not force:
+        raise GateError(
+            f"the gate refused this candidate:\n  the index to be published returns the exact top {CHECKED_K}: found "
+            f"{_number(found)}, wanted {_number(ws.recipe.gate.min_index_recall)}\n`--force` publishes it anyway"
+        )
     popular_dates = dataset.dates if ws.recipe.popular_days is None else dataset.dates[-ws.recipe.popular_days :]
     write_bundle(
         staged,
@@ -176,7 +192,7 @@ def publish(ws: Workspace, stage: Stage, *, force: bool = False) -> tuple[str, l
         follows=ingestion.load_table(ws.canonical, "follows"),
         towers_dir=ws.towers,
         ranker_dir=ws.ranker,
-        index=_embed_and_index(ws, dataset, (), ws.root / "index-published", stage),
+        index=index,
         feed_config=ws.recipe.feed,
         metrics=metrics,
         popular_examples=dataset.rows_on(popular_dates),
@@ -199,9 +215,15 @@ def _ranker_task(folder: Path, config: RankerConfig, train: tuple[str, ...], val
 
 
 def _embed_and_index(
-    ws: Workspace, dataset: Dataset, test_dates: tuple[str, ...], folder: Path, stage: Stage
-) -> VideoIndex:
-    """Shard by shard, as of the first of the dates, or of the log's end without any."""
+    ws: Workspace,
+    dataset: Dataset,
+    test_dates: tuple[str, ...],
+    asked_on: tuple[str, ...],
+    folder: Path,
+    stage: Stage,
+) -> tuple[VideoIndex, float]:
+    """Shard by shard, as of the first of the test dates, or of the log's end without any; shaped for users as they
+    asked on other dates. Also the share of those users' exact top that the index finds."""
     source = Catalogue.of(ws.dataset_dir, ws.towers, test_dates)
     vectors, workers = ws.vectors / ("evaluated" if test_dates else "published"), usable_cpus()
 
@@ -210,8 +232,22 @@ def _embed_and_index(
 
     shards = Embedded(tuple(embed(source, vectors, workers=workers, on_progress=tell)))
     encode = partial(spread, workers=workers)
-    build(shards, len(dataset.videos) + 1, ws.recipe.index, folder, parallel=encode, on_progress=tell)
-    return VideoIndex.open(folder)
+    queries = make_queries(dataset, asked_on, ws.recipe.retrieval_signal, at_most=SAMPLE_USERS)
+    if not len(queries):
+        raise ValueError(
+            f"no user has an unseen positive of {ws.recipe.retrieval_signal!r} on {', '.join(asked_on)}: the index "
+            "cannot be shaped or checked; hold out other days (--set split.validation_days=...)"
+        )
+    users_QD = user_vectors(dataset, Towers.load(ws.towers), queries)
+    config, n_rows = ws.recipe.index, len(dataset.videos) + 1
+    build(shards, n_rows, config, folder, query_QD=users_QD, parallel=encode, on_progress=tell)
+    index = VideoIndex.open(folder)
+    tell("checking against exact search")
+    found = recall_against_shards(index, shards, users_QD[:CHECKED_USERS], CHECKED_K)
+    stage.details.append(
+        f"of {min(CHECKED_USERS, len(users_QD))} users' exact top {CHECKED_K} the index finds {found:.1%}"
+    )
+    return index, found
 
 
 def _collisions(dataset: Dataset) -> Iterator[tuple[str, float]]:

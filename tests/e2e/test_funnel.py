@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from candidate_gen.index import VideoIndex
 from features.artifacts import Registry
 from pipelines.cluster import ClusterConfig, cluster
 from pipelines.console import Stage
@@ -52,13 +53,13 @@ def test_the_published_bundle_verifies_and_answers_its_golden_requests(demo: Pat
 
 
 def test_the_published_index_knows_the_whole_log_and_the_evaluated_one_does_not(demo: Path):
-    published = np.load(Registry(demo / "registry").open(None).path("index/vectors.npy"))
-    evaluated = np.load(demo / "index" / "vectors.npy")
+    indexes = VideoIndex(Registry(demo / "registry").open(None).folder / "index"), VideoIndex.open(demo / "index")
+    published, evaluated = (index.vectors[np.arange(index.n_rows)] for index in indexes)
     prior = -2  # the coordinate before the last carries age and counters
     assert published.shape == evaluated.shape
     assert np.abs(published[1:, prior] - evaluated[1:, prior]).mean() > 0.001
-    cosine = (published[1:, :prior].astype(np.float32) * evaluated[1:, :prior].astype(np.float32)).sum(axis=1)
-    lengths = np.linalg.norm(published[1:, :prior].astype(np.float32), axis=1)
+    cosine = (published[1:, :prior] * evaluated[1:, :prior]).sum(axis=1)
+    lengths = np.linalg.norm(published[1:, :prior], axis=1)
     np.testing.assert_allclose(cosine, lengths**2, rtol=0.01)  # content and taste are the same
 
 

@@ -94,7 +94,7 @@ class Delta:
         ids, scores = (np.concatenate(arrays) for arrays in zip(*pieces, strict=True))
         return ids, scores
 
-    def alive(self) -> np.ndarray:
+    def marks(self) -> np.ndarray:
         """Mark by entry, the writer standing still."""
         marks = [block.alive_M for block in self._blocks]
         return np.concatenate(marks)[: self.length] if marks else np.zeros(0, bool)

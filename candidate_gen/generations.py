@@ -68,7 +68,7 @@ class Generations:
             name: np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False)
             for name in ("ids_V", "base_rows_V", "vectors_VD", "dead_rows")
         }
-        index = VideoIndex.load(folder / "index") if len(arrays["ids_V"]) > 1 else None
+        index = VideoIndex(folder / "index") if len(arrays["ids_V"]) > 1 else None
         return Generation(number=self._number, index=index, **arrays)
 
     def write(
@@ -91,8 +91,8 @@ class Generations:
         index = None
         if len(ids_V) > 1:
             rows = np.arange(1, len(ids_V))
-            index = VideoIndex.build([(rows, vectors_VD[1:].astype(np.float32))], len(ids_V), config)
-            index.save(folder / "index")
+            chunks = [(rows, vectors_VD[1:].astype(np.float32))]
+            index = VideoIndex.build(chunks, len(ids_V), config, folder / "index")
         state: dict[str, Any] = {"format": FORMAT, "base": self._base, "number": number, "segment": first_segment}
         state["files"] = durable.seal(folder)
         durable.sync_folder(self._folder)

@@ -13,6 +13,7 @@ import fcntl
 import logging
 import os
 import threading
+import weakref
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -21,7 +22,7 @@ import numpy as np
 from candidate_gen.delta import NO_VIDEO, Delta, Found
 from candidate_gen.generations import Generation, Generations, fingerprint
 from candidate_gen.index import IndexConfig, VideoIndex
-from candidate_gen.part import Part
+from candidate_gen.part import Filter, Part
 from candidate_gen.updates import RECORD_VIDEOS, Update, UpdateLog
 
 UNIT_SLACK = 0.01
@@ -84,6 +85,7 @@ class LiveIndex:
         self._lock = threading.Lock()  # of writers; readers take none
         self._compacting = threading.Lock()
         self._thread: threading.Thread | None = None
+        self._filters: weakref.WeakSet[Filter] = weakref.WeakSet()
         folder.mkdir(parents=True, exist_ok=True)
         self._owner = _own(folder)
         try:
@@ -95,7 +97,7 @@ class LiveIndex:
     def _open(self, folder: Path, base: VideoIndex, base_ids_V: np.ndarray) -> None:
         self._generations = Generations(folder, fingerprint(base_ids_V, base.dim))
         generation = self._generations.open()
-        base_part, overlay = Part.of(base, base_ids_V, None), None
+        base_part, overlay = Part(base, base_ids_V), None
         self._dead_base = [_NONE]
         if generation is not None:
             self._dead_base.append(base_part.retire(np.array(generation.dead_rows)))
@@ -132,28 +134,38 @@ class LiveIndex:
         """Videos that went: on disk, and in no search that starts after the return. Unknown ids are no error."""
         self._write(Update(_checked_ids(video_ids_N), None, None))
 
+    def allow(self, rows: np.ndarray) -> Filter:
+        """A filter from a bool a row of the base (V,) or its packed bits (V / 8,) uint8, for any number of searches.
+
+        It speaks for every video of the base, also for those upserted since; a new video carries its eligibility from
+        `upsert`. Made once and kept, it costs a search nothing that grows with the catalogue.
+        """
+        with self._lock:
+            only = self._filter(rows)
+            self._filters.add(only)
+        return only
+
     def search(
         self,
         query_QD: np.ndarray,
         k: int,
         *,
-        allowed: np.ndarray | None = None,
+        allowed: Filter | np.ndarray | None = None,
         excluded_rows: np.ndarray | None = None,
         excluded_ids: np.ndarray | None = None,
     ) -> tuple[np.ndarray, np.ndarray]:
         """Best ids (Q, k) int64 and inner products (Q, k) float32, padded with NO_VIDEO and -inf; k wherever k exist.
 
-        `allowed`, a bool a row of the base or packed bits (little-endian), speaks for every video of the base, also for
-        those upserted since; a new video carries its eligibility from `upsert`. `excluded_rows` are rows of the base,
-        `excluded_ids` any videos. Threads search, and others write, at the same time.
+        `allowed` is what `allow` takes or, better, made; `excluded_rows` are rows of the base, `excluded_ids` any
+        videos: seen, or of blocked authors. Threads search, and others write, at the same time.
         """
         query_QD = np.ascontiguousarray(query_QD, np.float32)
         ids = _NONE if excluded_ids is None else _checked_ids(excluded_ids)
         rows = _NONE if excluded_rows is None else np.asarray(excluded_rows, np.int64)
-        bits = None if allowed is None else self._bits(allowed)
         while True:
             view = self._view
-            found = _search(view, query_QD, k, bits, rows, ids)
+            only = self._filter(allowed) if isinstance(allowed, np.ndarray) else allowed
+            found = _search(view, query_QD, k, only, rows, ids)
             if found is not None and self._view is view:
                 return found
 
@@ -192,7 +204,7 @@ class LiveIndex:
     def sizes(self) -> Sizes:
         """How much lies where."""
         view = self._view
-        overlay = 0 if view.overlay is None else int(view.overlay.alive().sum())
+        overlay = 0 if view.overlay is None else view.overlay.alive.count
         return Sizes(sum(len(delta) for delta in view.deltas), overlay, sum(map(len, self._dead_base)))
 
     def close(self) -> None:
@@ -236,7 +248,10 @@ class LiveIndex:
             delta.remove(ids_N)
         if view.overlay is not None:
             view.overlay.retire(view.overlay.rows_of(ids_N))
-        self._dead_base.append(view.base.retire(base_rows_N))
+        dead = view.base.retire(base_rows_N)
+        self._dead_base.append(dead)
+        for only in self._filters:
+            only.retire(dead)
 
     def _checked_vectors(self, vectors_ND: np.ndarray, n: int) -> np.ndarray:
         vectors_ND = np.asarray(vectors_ND)
@@ -247,25 +262,26 @@ class LiveIndex:
             raise ValueError(f"vectors have lengths {length_N.min()} .. {length_N.max()}: give vectors of length 1")
         return vectors_ND.astype(np.float16)
 
-    def _bits(self, allowed: np.ndarray) -> np.ndarray:
-        n_rows = len(self._view.base.ids_V)
-        is_packed = allowed.dtype == np.uint8
-        if allowed.shape != ((-(-n_rows // 8),) if is_packed else (n_rows,)):
-            raise ValueError(f"`allowed` has shape {allowed.shape} {allowed.dtype}, the base {n_rows} rows")
-        return allowed if is_packed else np.packbits(allowed, bitorder="little")
+    def _filter(self, rows: np.ndarray) -> Filter:
+        base = self._view.base
+        bits = np.packbits(rows, bitorder="little") if rows.dtype == bool else rows
+        if len(rows) != (base.index.n_rows if rows.dtype == bool else len(base.alive.bits)) or bits.dtype != np.uint8:
+            raise ValueError(f"`allowed` has {len(rows)} {rows.dtype}, the base {base.index.n_rows} rows")
+        return Filter(bits, base)
 
 
 def _search(
-    view: View, query_QD: np.ndarray, k: int, bits: np.ndarray | None, rows: np.ndarray, ids: np.ndarray
+    view: View, query_QD: np.ndarray, k: int, only: Filter | None, rows: np.ndarray, ids: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray] | None:
     """Base, overlay, deltas: oldest first, see `_apply`; None when a video was met both old and new: search again."""
     base_rows = np.concatenate([rows, view.base.rows_of(ids)]) if len(ids) else rows
-    found = [view.base.search(query_QD, k, allowed_bits=bits, excluded_rows=base_rows[base_rows > 0])]
+    found = [view.base.search(query_QD, k, only=only, excluded_rows=base_rows[base_rows > 0])]
     ids = np.concatenate([ids, view.base.ids_V[rows[rows > 0]]]) if len(rows) else ids
     if view.overlay is not None:
         excluded = view.overlay.rows_of(ids)
-        found.append(view.overlay.search(query_QD, k, allowed_bits=bits, excluded_rows=excluded[excluded > 0]))
+        found.append(view.overlay.search(query_QD, k, only=only, excluded_rows=excluded[excluded > 0]))
     deltas = [delta for delta in view.deltas if delta.length]
+    bits = None if only is None else only.asked_bits
     found += [delta.search(query_QD, k, allowed_bits=bits, excluded_ids=ids) for delta in deltas]
     if len(found) == 1:
         return found[0]
@@ -292,8 +308,8 @@ def _is_torn(ids_QK: np.ndarray, found: list[Found], excluded_ids: np.ndarray) -
 
 def _marks(view: View) -> np.ndarray:
     """Alive or not, of the overlay's rows and then of each delta's entries."""
-    overlay = [] if view.overlay is None else [view.overlay.alive()]
-    return np.concatenate([*overlay, *(delta.alive() for delta in view.deltas)])
+    overlay = [] if view.overlay is None else [view.overlay.marks()]
+    return np.concatenate([*overlay, *(delta.marks() for delta in view.deltas)])
 
 
 def _take(view: View, overlay_vectors_VD: np.ndarray | None, at: np.ndarray) -> tuple[np.ndarray, ...]:
@@ -313,7 +329,7 @@ def _take(view: View, overlay_vectors_VD: np.ndarray | None, at: np.ndarray) -> 
 def _overlay(generation: Generation) -> Part | None:
     if generation.index is None:
         return None
-    return Part.of(generation.index, np.asarray(generation.ids_V), np.asarray(generation.base_rows_V))
+    return Part(generation.index, np.asarray(generation.ids_V), np.asarray(generation.base_rows_V))
 
 
 def _checked_ids(ids: np.ndarray) -> np.ndarray:

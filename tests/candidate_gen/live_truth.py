@@ -6,6 +6,7 @@ D = 16 wide; ids are opaque signed 64-bit numbers.
 from __future__ import annotations
 
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import pytest
@@ -34,7 +35,8 @@ def base_ids() -> np.ndarray:
 
 IDS_V = base_ids()
 VECTORS_VD = unit(np.random.default_rng(2).normal(size=(BASE + 1, DIM)))
-INDEX = VideoIndex.build([(np.arange(1, BASE + 1), VECTORS_VD[1:])], BASE + 1, CONFIG.index)
+_FOLDER = TemporaryDirectory(prefix="live-base-")
+INDEX = VideoIndex.build([(np.arange(1, BASE + 1), VECTORS_VD[1:])], BASE + 1, CONFIG.index, Path(_FOLDER.name))
 
 
 class Truth:

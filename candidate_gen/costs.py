@@ -1,8 +1,8 @@
 """What a video index costs: bytes, nanoseconds and recall of its parts, each constant with its source.
 
-D width, n videos. [M] is measured on two cores of an AMD EPYC (AVX-512), faiss-cpu 1.15.1; [D] is derived from such.
-Recall figures are of 10 M synthetic two-tower vectors with queries off the videos' distribution (mixtures of three
-interests): they rank designs, and a sweep on one's own vectors replaces them (`IndexCosts(recall_at_share=...)`).
+R directions that lists and codes keep, D width, n videos. [M] is measured on two cores of an AMD EPYC (AVX-512),
+faiss-cpu 1.15.1; [D] is derived from such. Recall is of a trained video tower's vectors (64 wide, 24 directions) for
+queries of its user tower, 1 M, 10 M and 100 M videos; other towers differ, and a sweep on one's own replaces it.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ class CodeCosts:
     """Factors kept beside the code, a vector."""
     scan_ns: tuple[tuple[float, float], ...]
     """(bytes of a code, ns to scan one), one query on one thread; linear between, proportional above and below."""
-    kept: float
-    """Share of the exact best k among the probed videos that is in the 10 k best by code."""
+    kept_logit: float
+    """Share of the exact best 100 of 100 M videos that is in the 1,000 best by code, as a logit."""
     block: int = 1
     """Codes a list is padded to a multiple of."""
 
-    def bytes_at(self, dim: int) -> float:
+    def bytes_at(self, directions: int) -> float:
         """Bytes of one code."""
-        return self.bits_per_dim * dim / 8 + self.extra_bytes
+        return self.bits_per_dim * directions / 8 + self.extra_bytes
 
-    def scan_ns_at(self, dim: int) -> float:
+    def scan_ns_at(self, directions: int) -> float:
         """Nanoseconds to scan one code."""
-        size = self.bytes_at(dim)
+        size = self.bytes_at(directions)
         sizes, ns = np.array(self.scan_ns).T
         nearest = np.clip(size, sizes[0], sizes[-1])
         return float(np.interp(nearest, sizes, ns) * size / nearest)
@@ -55,26 +55,30 @@ class CoarseCosts:
     bits_per_dim: int = 0
     """Of a centroid's code, beside the float32 centroid."""
 
-    def ms(self, lists: int, probes: int, dim: int) -> float:
+    def ms(self, lists: int, probes: int, directions: int) -> float:
         """Milliseconds a query."""
         at, us = np.array(self.us_per_probe).T
         step = np.interp(np.log(lists), np.log(at), us)
-        return float(lists * dim * self.ns_per_list_dim * 1e-6 + probes * step * 1e-3)
+        return float(lists * directions * self.ns_per_list_dim * 1e-6 + probes * step * 1e-3)
 
-    def bytes_at(self, lists: int, dim: int) -> int:
+    def bytes_at(self, lists: int, directions: int) -> int:
         """Beside the float32 centroids."""
-        return lists * (self.bytes_per_list + self.bits_per_dim * dim // 8)
+        return lists * (self.bytes_per_list + self.bits_per_dim * directions // 8)
 
 
-PQ_SCAN_NS = ((16, 3.4), (32, 4.84), (64, 10.0))
-"""[M] slopes between 64 and 1,024 probes of 500 M x 16 B, 100 M x 32 B and 100 M x 64 B, coarse step subtracted."""
+REFERENCE = 100e6
+"""Videos that recall figures were measured at."""
+
+PQ_SCAN_NS = ((12, 2.0), (16, 3.4), (32, 4.84), (64, 10.0))
+"""[M] slopes between 64 (or 256) and 1,024 probes of 100 M x 12 B (this index), 500 M x 16 B, 100 M x 32 B and 100 M x
+64 B, the coarse step subtracted."""
 
 CODES = (
-    CodeCosts(name="pq 4b", bits_per_dim=4, scan_ns=PQ_SCAN_NS, kept=1.0, block=32),  # [M] .937 of .937
-    CodeCosts(name="pq 2b", bits_per_dim=2, scan_ns=PQ_SCAN_NS, kept=0.98, block=32),  # [M] .918 of .937
-    CodeCosts(name="rabitq 1b", bits_per_dim=1, extra_bytes=8, scan_ns=((16, 9.0),), kept=0.854, block=32),
-    # [M] .800 of .937, 9 ns: twice pq at the same bytes
-    CodeCosts(name="sq 8b", bits_per_dim=8, scan_ns=((64, 16.0),), kept=1.0),  # [M] .937 of .937
+    CodeCosts(name="pq 4b", bits_per_dim=4, scan_ns=PQ_SCAN_NS, kept_logit=1.86, block=32),  # [M] .865
+    CodeCosts(name="pq 2b", bits_per_dim=2, scan_ns=PQ_SCAN_NS, kept_logit=0.86, block=32),  # [M] at 1 M: .979 for .992
+    CodeCosts(name="rabitq 1b", bits_per_dim=1, extra_bytes=8, scan_ns=((16, 9.0),), kept_logit=-1.2, block=32),
+    # [D] 10 M synthetic vectors: .854 where pq 2b kept .98; 9 ns, twice pq at the same bytes
+    CodeCosts(name="sq 8b", bits_per_dim=8, scan_ns=((64, 16.0),), kept_logit=3.3),  # [D] between pq 4b and exact
 )
 
 COARSE = (
@@ -83,9 +87,8 @@ COARSE = (
         name="fast-scan",
         ns_per_list_dim=0.02,
         us_per_probe=((1, 0.32),),
-        found=0.87,
         bits_per_dim=4,
-    ),  # [M] .11, .18, .38 ms at 16,384, 65,536, 262,144 lists and 256 probes; twice the probes rescored exactly
+    ),  # [M] .11, .18, .38 ms at 16,384, 65,536, 262,144 lists and 256 probes; what it misses is in `recall_at_share`
     CoarseCosts(
         name="hnsw",
         us_per_probe=((65_536, 2.6), (262_144, 4.1)),
@@ -105,21 +108,32 @@ class IndexCosts:
     """int64 video id by row."""
     bitmap_bits: int = 1
     """Indexed and not removed, by row."""
-    list_bytes: int = 16
-    """Size and offset of a list, two int64."""
+    list_bytes: int = 8
+    """Size of a list, int64."""
     process_bytes: int = 200 * 2**20
     """[M] A Python process with numpy and FAISS loaded and its search buffers, before any index."""
-    lists_per_root: float = 4.0
-    """Lists: the power of two at or above 4 sqrt(n), at most 2^18: what the recall figures below were measured at
-    (16,384 for 10 M) and the scan times too (65,536 for 100 M)."""
-    most_lists: int = 2**18
-    recall_at_share: tuple[tuple[float, float], ...] = ((0.001, 0.737), (0.0039, 0.835), (0.0156, 0.937))
-    """[M] (share of lists probed, recall of the exact best 100): 16, 64 and 256 of 16,384 lists. Linear between them
-    in log(share) and logit(recall); extrapolated outside."""
-    refine_first_k: tuple[tuple[str, float], ...] = (("int8", 0.993), ("int4", 0.92))
-    """[M] share of the best 100 that rescoring 1,000 with shared-scale int8 (int4: clipped at 3 sigma) puts first."""
-    found_per_k: int = 10
-    """Codes hand this many times k on to be rescored: the recall figures are of the best 100 among 1,000."""
+    recall_at_share: tuple[tuple[float, float], ...] = (
+        (0.00012, 0.41),
+        (0.00049, 0.718),
+        (0.00195, 0.93),
+        (0.0039, 0.975),
+        (0.0078, 0.992),
+    )
+    """[M] (share of lists probed, share of the exact best 100 in them): 8, 32, 128, 256 and 512 of 65,536 lists,
+    100 M videos, lists chosen by fast-scan. Linear between them in log(share) and logit; extrapolated outside."""
+    share_exponent: float = 0.4
+    """[M] n videos at a share s find what 100 M find at s (n / 100 M)^.4: at 1 M and 10 M up to .03 too low."""
+    kept_per_decade: float = 1.48
+    """[M] logit(kept) falls by this for ten times the videos: .992, .965 and .865 at 1 M, 10 M and 100 M."""
+    kept_per_tenfold_found: float = 0.93
+    """[M] and rises by this when ten times as many are found by code and scored exactly: .865, .895, .919 at 100 M."""
+    refine_first_k: tuple[tuple[str, float], ...] = (("float16", 1.0), ("int8", 0.975), ("int4", 0.71), ("none", 0.97))
+    """[M] share of the best 100 among the 1,000 handed on that stored vectors put first (int8 at 100 M, int4 at 1 M);
+    [D] none: sq 8b alone."""
+    handed_on_per_k: int = 10
+    """The index hands this many times k on: 1,000 for the best 100."""
+    rerank: tuple[int, ...] = (1, 2, 4)
+    """Codes find so many times what is handed on, stored vectors score it (`IndexConfig.rerank`)."""
     query_fixed_ms: float = 0.05
     found_us: float = 0.2
     """[M] .25 ms a query at 1,000 found that no number of codes explains: tables, heap, merge."""
@@ -131,30 +145,31 @@ class IndexCosts:
     """[M] sequential, one thread: the bound of an exact scan."""
     p99_over_p50: float = 1.2
     """[M] 1.1 to 1.24 in 100 M x 32 B and 500 M x 16 B, one query at a time, quiet machine."""
-    train_per_list: int = 64
-    """Vectors sampled for k-means, a list."""
     train_rounds: int = 10
-    train_gflops: float = 90.0
-    """[M] a core in FAISS k-means, L2 (181 on two)."""
-    assign_gflops: float = 40.0
-    """[D] a core in two-level assignment: half the exact rate of 78 to 93, for gathering the second level."""
+    train_gflops: float = 15.0
+    """[M] a core, two-level k-means with its sampling: 33 s for 65,536 lists on a busy machine."""
+    assign_gflops: float = 20.0
+    """[M] a core, two-level assignment: 100 M assigned to 65,536 lists and encoded in about 800 CPU-seconds."""
     assign_branches: int = 8
     """First-level cells whose lists a vector is compared with."""
     encode_per_s: float = 185_000.0
-    """[M] vectors of 64 dimensions a second and core, 4-bit product codes (.25 to 1.4 M/s on two; the slow middle)."""
+    """[M] vectors of 64 directions a second and core, 4-bit product codes (.25 to 1.4 M/s on two; the slow middle)."""
+    merge_per_s: float = 1_000_000.0
+    """[M] vectors a second, one process (100 M in 120 s on a busy machine)."""
     disk_gb_s: float = 1.4
     """[M] sequential read and write."""
 
-    def lists(self, videos: int) -> int:
-        """Inverted lists for this many videos."""
-        return int(min(2 ** np.ceil(np.log2(max(self.lists_per_root * np.sqrt(videos), 16))), self.most_lists))
-
-    def recall(self, share: float) -> float:
-        """Recall of the exact best when this share of the lists is scanned exactly; 1 when all are."""
+    def probed(self, share: float, videos: int) -> float:
+        """Share of the exact best that lies in this share of the lists."""
         if share >= 1:
             return 1.0
         shares, recalls = np.array(self.recall_at_share).T
-        x, y, at = np.log(shares), np.log(recalls / (1 - recalls)), np.log(max(share, 1e-9))
+        x, y = np.log(shares), np.log(recalls / (1 - recalls))
+        at = np.log(max(share, 1e-9)) + self.share_exponent * np.log(videos / REFERENCE)
         i = int(np.clip(np.searchsorted(x, at) - 1, 0, len(x) - 2))
-        logit = y[i] + (at - x[i]) * (y[i + 1] - y[i]) / (x[i + 1] - x[i])
-        return float(1 / (1 + np.exp(-logit)))
+        return float(1 / (1 + np.exp(-(y[i] + (at - x[i]) * (y[i + 1] - y[i]) / (x[i + 1] - x[i])))))
+
+    def kept(self, codes: CodeCosts, videos: int, rerank: int) -> float:
+        """Share of the exact best k in the probed lists that is among the 10 k times `rerank` best by code."""
+        logit = codes.kept_logit - self.kept_per_decade * np.log10(videos / REFERENCE)
+        return float(1 / (1 + np.exp(-(logit + self.kept_per_tenfold_found * np.log10(rerank)))))

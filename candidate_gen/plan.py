@@ -2,7 +2,8 @@
 
 A design is a coarse quantizer, a code in the lists, a refine stage and where that stage lies. Every design gets the
 fewest probes that reach the recall asked for; what then keeps all limits is a candidate, and the quickest is picked.
-Recall is the share of a query's exact best k among the 10 k that the index hands on (rescored, best first).
+Recall is the share of a query's exact best k among the 10 k that the index hands on (exactly scored, best first).
+R directions that lists and codes keep, D width, L lists.
 """
 
 from __future__ import annotations
@@ -10,12 +11,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import product
 
 from candidate_gen.costs import COARSE, CODES, CoarseCosts, CodeCosts, IndexCosts
+from candidate_gen.index import IndexConfig
+from candidate_gen.index.lists import EXACT_ROUTE
 
 GIB = 2**30
 MOST_MACHINES = 64
+DIMS_PER_NIBBLE = {"pq 4b": 1, "pq 2b": 2}
 CLOSE = 1.15
 """Designs within 15% of the quickest count as equally quick: the estimates are no better than that."""
 
@@ -27,6 +32,9 @@ class PlanRequest:
     videos: int
     dim: int
     ram_bytes: int
+    directions: int | None = None
+    """Principal directions that lists and codes keep (`IndexConfig.kept_variance`): towers may need far fewer than D.
+    None: all."""
     disk_bytes: int | None = None
     """For the index and, while it is built, the float16 vectors; None for no limit."""
     recall: float = 0.9
@@ -43,6 +51,8 @@ class PlanRequest:
                 raise ValueError(f"PlanRequest.{name} is {getattr(self, name)}: give more than 0")
         if self.dim < 4 or self.dim % 4:
             raise ValueError(f"PlanRequest.dim is {self.dim}: give a multiple of 4 (codes take 2 bits a dimension)")
+        if self.directions is not None and not (0 < self.directions <= self.dim and self.directions % 4 == 0):
+            raise ValueError(f"PlanRequest.directions is {self.directions}: give a multiple of 4, at most {self.dim}")
         if not 0 < self.recall < 1:
             raise ValueError(f"PlanRequest.recall is {self.recall}: give a share between 0 and 1")
 
@@ -54,7 +64,7 @@ class Design:
     coarse: str
     codes: str
     refine: str
-    """"int8", "int4", or "none" where the codes are as good."""
+    """float16, int8 or int4: how vectors are stored for exact scores; "none" where the codes are as good."""
     mapped: bool
     """The refine stage is read from disk through the page cache; otherwise its pages have to fit in memory."""
 
@@ -72,6 +82,8 @@ class Candidate:
     design: Design
     lists: int
     probes: int
+    rerank: int
+    """Codes find this many times what is handed on."""
     bytes_by_part: dict[str, int]
     resident_bytes: int
     """The index's pages that must stay in memory; the process itself takes `IndexCosts.process_bytes` more."""
@@ -86,7 +98,7 @@ class Candidate:
     build_s: dict[str, float]
     bytes_per_vector: float
     misses: tuple[str, ...] = ()
-    """Of ram, disk, recall and p50."""
+    """Of ram, disk, recall and p50; "unbuilt" for a design that is compared only."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -111,7 +123,7 @@ def plan(request: PlanRequest, costs: IndexCosts | None = None) -> Plan:
             request=request,
             candidates=candidates,
             pick=None,
-            reason="no design keeps every limit",
+            reason="no design that is built keeps every limit",
             advice=list(_advice(request, candidates, costs)),
         )
     quick = [c for c in fitting if c.p50_ms <= CLOSE * fitting[0].p50_ms]
@@ -134,85 +146,99 @@ def designs() -> Iterator[Design]:
         if codes.name == "sq 8b":  # its codes are int8 already
             yield Design(coarse=coarse.name, codes=codes.name, refine="none", mapped=False)
             continue
-        for refine, mapped in product(("int8", "int4"), (False, True)):
+        for refine, mapped in product(("float16", "int8", "int4"), (False, True)):
             yield Design(coarse=coarse.name, codes=codes.name, refine=refine, mapped=mapped)
 
 
-def evaluate(design: Design, request: PlanRequest, probes: int, costs: IndexCosts) -> Candidate:
-    """A design's figures at `probes` lists a query."""
+def is_built(design: Design, lists: int) -> bool:
+    """Whether `candidate_gen.index` makes it: product codes, behind exact or fast-scan centroids by their number."""
+    if design.codes == "flat":
+        return True
+    return design.codes in DIMS_PER_NIBBLE and design.coarse == ("exact" if lists <= EXACT_ROUTE else "fast-scan")
+
+
+def evaluate(design: Design, request: PlanRequest, probes: int, rerank: int, costs: IndexCosts) -> Candidate:
+    """A design's figures when a query probes `probes` lists and scores `rerank` times what it hands on."""
     if design.codes == "flat":
         return _flat(design, request, costs)
-    n, dim, lists = request.videos, request.dim, costs.lists(request.videos)
+    n, lists, width = request.videos, _lists(request), request.directions or request.dim
     coarse, codes = _coarse(design), _codes(design)
     parts = _bytes_by_part(design, request, lists, costs)
     total = sum(parts.values())
-    resident = total - (parts["refine"] if design.mapped else 0)
+    resident = total - (parts["stored"] if design.mapped else 0)
     share = min(probes / lists, 1.0)
-    recall = costs.recall(share * coarse.found if share < 1 else 1.0) * codes.kept
+    found_share = share * coarse.found if share < 1 else 1.0
+    recall = costs.probed(found_share, n) * costs.kept(codes, n, rerank)
     p50_ms = (
         costs.query_fixed_ms
-        + coarse.ms(lists, probes, dim)
-        + share * n * codes.scan_ns_at(dim) * 1e-6
-        + _rescore_ms(design, request, parts["refine"], resident, costs)
+        + coarse.ms(lists, probes, width)
+        + share * n * codes.scan_ns_at(width) * 1e-6
+        + _rescore_ms(design, request, rerank, parts["stored"], resident, costs)
     )
-    return _judged(
-        Candidate(
-            design=design,
-            lists=lists,
-            probes=probes,
-            bytes_by_part=parts,
-            resident_bytes=resident,
-            disk_bytes=total,
-            build_disk_bytes=total + 2 * n * dim,
-            recall=recall,
-            recall_first_k=recall * dict(costs.refine_first_k).get(design.refine, dict(costs.refine_first_k)["int8"]),
-            p50_ms=p50_ms,
-            p99_ms=p50_ms * costs.p99_over_p50,
-            build_s=_build_s(request, lists, parts, costs),
-            bytes_per_vector=total / n,
-        ),
-        request,
-        costs,
+    candidate = Candidate(
+        design=design,
+        lists=lists,
+        probes=probes,
+        rerank=rerank,
+        bytes_by_part=parts,
+        resident_bytes=resident,
+        disk_bytes=total,
+        build_disk_bytes=total + 2 * n * request.dim,
+        recall=recall,
+        recall_first_k=recall * dict(costs.refine_first_k)[design.refine],
+        p50_ms=p50_ms,
+        p99_ms=p50_ms * costs.p99_over_p50,
+        build_s=_build_s(request, lists, parts, costs),
+        bytes_per_vector=total / n,
     )
+    return _judged(candidate, request, costs)
+
+
+def _lists(request: PlanRequest) -> int:
+    return IndexConfig().lists_for(request.videos)
 
 
 def _bytes_by_part(design: Design, request: PlanRequest, lists: int, costs: IndexCosts) -> dict[str, int]:
-    """Bytes of the files, part by part; lists are padded by half a block of codes each."""
-    n, dim, codes = request.videos, request.dim, _codes(design)
-    refine = {"int8": dim, "int4": dim / 2, "none": 0}[design.refine]
+    """Bytes of the files, part by part; a list's codes and rows are padded by half a block."""
+    n, width, codes = request.videos, request.directions or request.dim, _codes(design)
+    padded = n + lists * (codes.block - 1) / 2
+    stored = {"float16": 2.0, "int8": 1.0, "int4": 0.5, "none": 0.0}[design.refine] * request.dim
     return {
-        "codes": int((n + lists * (codes.block - 1) / 2) * codes.bytes_at(dim)),
-        "rows": n * costs.row_bytes,
-        "refine": int(n * refine),
+        "codes": int(padded * codes.bytes_at(width)),
+        "rows": int(padded * costs.row_bytes),
+        "stored": int(n * stored),
         "id map": n * costs.id_map_bytes,
         "bitmap": n * costs.bitmap_bits // 8,
-        "centroids": lists * (4 * dim + costs.list_bytes) + _coarse(design).bytes_at(lists, dim),
+        "centroids": lists * (4 * width + costs.list_bytes) + _coarse(design).bytes_at(lists, width),
     }
 
 
-def _rescore_ms(design: Design, request: PlanRequest, refine_bytes: int, resident: int, costs: IndexCosts) -> float:
-    """Keeping and rescoring what the codes found; a mapped stage's pages are cached in what memory is left."""
-    found = costs.found_per_k * request.k
+def _rescore_ms(
+    design: Design, request: PlanRequest, rerank: int, stored_bytes: int, resident: int, costs: IndexCosts
+) -> float:
+    """Keeping and scoring what the codes found; of mapped vectors, what memory is left caches that share of pages."""
+    found = rerank * costs.handed_on_per_k * request.k
     us = found * costs.found_us
     if design.refine == "none":
         return us * 1e-3
-    us += found * costs.rescore_us_per_64_bytes * max(refine_bytes / request.videos / 64, 0.5)
+    us += found * costs.rescore_us_per_64_bytes * max(stored_bytes / request.videos / 64, 0.5)
     if design.mapped:
         left = max(request.ram_bytes - costs.process_bytes - resident, 0)
-        us += found * costs.fault_us * max(1 - left / refine_bytes, 0.0)
+        us += found * costs.fault_us * max(1 - left / stored_bytes, 0.0)
     return us * 1e-3
 
 
 def _build_s(request: PlanRequest, lists: int, parts: dict[str, int], costs: IndexCosts) -> dict[str, float]:
-    """Seconds a stage: two-level k-means on a sample, assignment, encoding, files written, merged and hashed."""
-    n, dim, root = request.videos, request.dim, lists**0.5
-    flops = 2.0 * dim * 1e-9 / request.cores
-    sample = min(costs.train_per_list * lists, n)
+    """Seconds a stage: two-level k-means on a sample, assignment and encoding, merging, reading and hashing files."""
+    n, width, root = request.videos, request.directions or request.dim, lists**0.5
+    flops = 2.0 * width * 1e-9 / request.cores
+    sample = min(IndexConfig().train_per_list * lists, n)
     return {
         "train": sample * 2 * root * costs.train_rounds * flops / costs.train_gflops,
         "assign": n * root * (1 + costs.assign_branches) * flops / costs.assign_gflops,
-        "encode": n * dim / 64 / (costs.encode_per_s * request.cores),
-        "write": (2 * n * dim + 3 * sum(parts.values())) / (costs.disk_gb_s * 1e9),
+        "encode": n * width / 64 / (costs.encode_per_s * request.cores),
+        "merge": n / costs.merge_per_s,
+        "files": (2 * n * request.dim + 3 * sum(parts.values())) / (costs.disk_gb_s * 1e9),
     }
 
 
@@ -225,6 +251,7 @@ def _flat(design: Design, request: PlanRequest, costs: IndexCosts) -> Candidate:
         design=design,
         lists=0,
         probes=0,
+        rerank=0,
         bytes_by_part=parts,
         resident_bytes=sum(parts.values()),
         disk_bytes=sum(parts.values()),
@@ -245,28 +272,35 @@ def _judged(candidate: Candidate, request: PlanRequest, costs: IndexCosts) -> Ca
         "disk": request.disk_bytes is not None and candidate.build_disk_bytes > request.disk_bytes,
         "recall": candidate.recall < request.recall,
         "p50": candidate.p50_ms > request.p50_ms,
+        "unbuilt": not is_built(candidate.design, candidate.lists),
     }
     return replace(candidate, misses=tuple(name for name, is_broken in broken.items() if is_broken))
 
 
 def _at_recall(design: Design, request: PlanRequest, costs: IndexCosts) -> Candidate:
-    """With the fewest probes that reach the recall; where none do, with the most that keep the latency."""
-    lists = costs.lists(request.videos)
-    reached = _fewest(lists, lambda probes: evaluate(design, request, probes, costs).recall >= request.recall)
-    if reached is not None:
-        return evaluate(design, request, reached, costs)
+    """The quickest that reaches the recall; where none does, the best that keeps the latency."""
+    reached = []
+    for rerank in costs.rerank:
+        at = partial(evaluate, design, request, rerank=rerank, costs=costs)
+        probes = _fewest(_lists(request), lambda probes, at=at: at(probes=probes).recall >= request.recall)
+        reached += [] if probes is None else [at(probes=probes)]
+    if reached:
+        return min(reached, key=lambda c: c.p50_ms)
     return _at_latency(design, request, costs)
 
 
 def _at_latency(design: Design, request: PlanRequest, costs: IndexCosts) -> Candidate:
-    """With the most probes that keep the latency, or one."""
-    lists = costs.lists(request.videos)
-    slow = _fewest(lists, lambda probes: evaluate(design, request, probes, costs).p50_ms > request.p50_ms)
-    return evaluate(design, request, max((slow or lists + 1) - 1, 1), costs)
+    """The best recall that keeps the latency, or one probe where none does."""
+    held = []
+    for rerank in costs.rerank:
+        at = partial(evaluate, design, request, rerank=rerank, costs=costs)
+        slow = _fewest(_lists(request), lambda probes, at=at: at(probes=probes).p50_ms > request.p50_ms)
+        held.append(at(probes=max((slow or _lists(request) + 1) - 1, 1)))
+    return max(held, key=lambda c: ("p50" not in c.misses, c.recall))
 
 
 def _fewest(most: int, holds: Callable[[int], bool]) -> int | None:
-    """The least of 1 .. most for which `holds`, which is false up to some number and true from there."""
+    """The least of 1 .. most (lists) for which `holds`, which is false up to some number and true from there."""
     if not holds(most):
         return None
     low, high = 1, most

@@ -122,6 +122,9 @@ def index_plan(
     videos: Annotated[str, typer.Option(help="Videos to hold, e.g. 300e6 or 300M.")],
     ram: Annotated[str, typer.Option(help="Memory the search may take, e.g. 24GiB.")],
     dim: Annotated[int, typer.Option(help="Width of the vectors.")] = 64,
+    directions: Annotated[
+        int | None, typer.Option(help="Principal directions that lists and codes keep. Default: all.")
+    ] = None,
     disk: Annotated[str | None, typer.Option(help="Disk for the index and the vectors it is built from.")] = None,
     recall: Annotated[float, typer.Option(help="Share of the exact best k among the 10 k handed on.")] = 0.9,
     k: Annotated[int, typer.Option(help="The best so many of a query count.")] = 100,
@@ -135,14 +138,20 @@ def index_plan(
     from pipelines.console import output
     from pipelines.units import BYTES, COUNTS, MILLISECONDS, parse
 
-    for option, value, good in (("--dim", dim, dim >= 4 and dim % 4 == 0), ("--recall", recall, 0 < recall < 1),
-                                ("--k", k, k > 0), ("--cores", cores, cores > 0)):  # fmt: skip
+    width = dim if directions is None else directions
+    for option, value, wants, good in (
+        ("--dim", dim, "a multiple of 4", dim >= 4 and dim % 4 == 0),
+        ("--directions", width, f"a multiple of 4, at most {dim}", 4 <= width <= dim and width % 4 == 0),
+        ("--recall", recall, "a share between 0 and 1", 0 < recall < 1),
+        ("--k", k, "1 or more", k > 0),
+        ("--cores", cores, "1 or more", cores > 0),
+    ):
         if not good:
-            wants = {"--dim": "a multiple of 4", "--recall": "a share between 0 and 1"}.get(option, "1 or more")
             raise ValueError(f"{option} {value}: give {wants}")
     request = PlanRequest(
         videos=round(parse(videos, COUNTS, "--videos")),
         dim=dim,
+        directions=directions,
         ram_bytes=int(parse(ram, BYTES, "--ram")),
         disk_bytes=None if disk is None else int(parse(disk, BYTES, "--disk")),
         recall=recall,

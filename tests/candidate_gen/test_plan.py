@@ -32,7 +32,7 @@ def test_memory_is_within_a_tenth_of_the_built_index(n: int, codes: str, stored:
     vectors_ND = (vectors_ND / np.linalg.norm(vectors_ND, axis=1, keepdims=True)).astype(np.float32)
     config = IndexConfig(kind="ivf", kept_variance=1.0, dims_per_nibble=DIMS_PER_NIBBLE[codes], stored=stored)
     index = VideoIndex.build([(np.arange(1, n + 1), vectors_ND)], n + 1, config, tmp_path)
-    assert index.trained.rotation_RD.shape == (directions, DIM)
+    assert index.trained.video_map_RD.shape == (directions, DIM)
     np.save(tmp_path / "ids.npy", np.zeros(n + 1, np.int64))
     truth = sum(path.stat().st_size for path in tmp_path.iterdir())
     candidate = planned(n, codes, stored, directions=directions)

@@ -72,7 +72,7 @@ def test_a_small_catalogue_is_scanned_exactly():
 
 
 def test_what_would_help_does_help():
-    request = replace(HUNDRED_MILLION, videos=300_000_000, ram_bytes=24 * GIB)
+    request = replace(HUNDRED_MILLION, p50_ms=1.5)
     refused = plan(request)
     assert refused.pick is None
     assert [c for c in refused.candidates if not c.misses] == []
@@ -81,8 +81,8 @@ def test_what_would_help_does_help():
     assert plan(replace(request, recall=float(told["--recall"]))).pick is not None
     machines = int(refused.advice[-1].split()[0])
     assert plan(replace(request, videos=request.videos // machines)).pick is not None
-    assert plan(replace(request, videos=request.videos // machines * 2)).pick is None
-    tight = replace(HUNDRED_MILLION, ram_bytes=GIB)
+    assert plan(replace(request, videos=2 * request.videos // machines)).pick is None
+    tight = replace(HUNDRED_MILLION, ram_bytes=2 * GIB)
     (ram,) = [line for line in plan(tight).advice if line.startswith("--ram")]
     enough = float(ram.split()[1].removesuffix("GiB"))
     assert plan(replace(tight, ram_bytes=int(enough * GIB))).pick is not None
@@ -90,10 +90,11 @@ def test_what_would_help_does_help():
 
 
 def test_disk_counts_the_index_and_the_vectors_it_is_built_from():
-    found = plan(replace(HUNDRED_MILLION, disk_bytes=100_000_000 * (64 * 2 + 60)))  # float16 vectors and 60 bytes more
+    found = plan(replace(HUNDRED_MILLION, disk_bytes=100_000_000 * (64 * 2 + 40)))  # float16 vectors and 40 bytes more
     assert found.pick is None
     assert any(line.startswith("--disk") for line in found.advice)
-    assert all("disk" in c.misses for c in found.candidates)
+    fits = [c for c in found.candidates if "disk" not in c.misses]
+    assert all(c.disk_bytes <= 100_000_000 * 40 for c in fits)
 
 
 def test_a_mapped_stage_costs_a_page_a_miss_when_memory_cannot_cache_it():

@@ -21,6 +21,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+index_app = typer.Typer(help="Build the FAISS index of a run, or plan one of any size.", no_args_is_help=True)
+app.add_typer(index_app, name="index")
+
 CALM_THREADS = {"OMP_WAIT_POLICY": "PASSIVE", "OPENBLAS_NUM_THREADS": "1"}
 """Threads that wait must not spin: beside another process on the same cores, spinning cost 5 to 20 times the work.
 Read by the libraries as they load, so set before anything is imported; Ray's workers inherit them."""
@@ -106,12 +109,63 @@ def train(run: Run, model: Annotated[str, typer.Option(help="towers, ranker or b
     _one_stage(run, None, "train", lambda ws, stage: stages.train_models(ws, stage, names))
 
 
-@app.command()
-def index(run: Run) -> None:
+@index_app.command(name="build")
+def index_build(run: Run) -> None:
     """Embed the corpus with the video tower and build the FAISS index."""
     from pipelines import stages
 
     _one_stage(run, None, "embed and index", stages.index)
+
+
+@index_app.command(name="plan")
+def index_plan(
+    videos: Annotated[str, typer.Option(help="Videos to hold, e.g. 300e6 or 300M.")],
+    ram: Annotated[str, typer.Option(help="Memory the search may take, e.g. 24GiB.")],
+    dim: Annotated[int, typer.Option(help="Width of the vectors.")] = 64,
+    directions: Annotated[
+        int | None, typer.Option(help="Principal directions that lists and codes keep. Default: all.")
+    ] = None,
+    disk: Annotated[str | None, typer.Option(help="Disk for the index and the vectors it is built from.")] = None,
+    recall: Annotated[float, typer.Option(help="Share of the exact best k among the 10 k handed on.")] = 0.9,
+    k: Annotated[int, typer.Option(help="The best so many of a query count.")] = 100,
+    p50: Annotated[str, typer.Option(help="Median latency, one query at a time on one thread, e.g. 5ms.")] = "5ms",
+    cores: Annotated[int, typer.Option(help="Cores that build.")] = 2,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """Compare index designs for a catalogue's size: memory, recall, latency, build time; picks one, or says no."""
+    from candidate_gen.plan import PlanRequest, plan
+    from pipelines import index_plan as shown
+    from pipelines.console import output
+    from pipelines.units import BYTES, COUNTS, MILLISECONDS, parse
+
+    width = dim if directions is None else directions
+    for option, value, wants, good in (
+        ("--dim", dim, "a multiple of 4", dim >= 4 and dim % 4 == 0),
+        ("--directions", width, f"a multiple of 4, at most {dim}", 4 <= width <= dim and width % 4 == 0),
+        ("--recall", recall, "a share between 0 and 1", 0 < recall < 1),
+        ("--k", k, "1 or more", k > 0),
+        ("--cores", cores, "1 or more", cores > 0),
+    ):
+        if not good:
+            raise ValueError(f"{option} {value}: give {wants}")
+    request = PlanRequest(
+        videos=round(parse(videos, COUNTS, "--videos")),
+        dim=dim,
+        directions=directions,
+        ram_bytes=int(parse(ram, BYTES, "--ram")),
+        disk_bytes=None if disk is None else int(parse(disk, BYTES, "--disk")),
+        recall=recall,
+        k=k,
+        p50_ms=parse(p50, MILLISECONDS, "--p50"),
+        cores=cores,
+    )
+    found = plan(request)
+    if as_json:
+        typer.echo(shown.as_json(found))
+    else:
+        shown.print_plan(found, output())
+    if found.pick is None:
+        raise typer.Exit(EXIT_REFUSED)
 
 
 @app.command()

@@ -130,7 +130,7 @@ def index(ws: Workspace, stage: Stage) -> None:
 
 def evaluate(ws: Workspace, stage: Stage, oracle: Oracle | None = None) -> dict:
     """Measure retrieval and ranking on the test days; write and return `metrics.json`."""
-    ws.require(ws.index / "index.json", "reelrank index")
+    ws.require(ws.index / "index.json", "reelrank index build")
     dataset = ws.dataset()
     split = ws.split(dataset)
     events = _frame(ingestion.load_events(ws.canonical))

@@ -109,6 +109,12 @@ def test_stages_run_alone_and_rollback_restores_the_bundle_before(demo: Path):
     assert (demo / "registry" / "LIVE").read_text() == live
 
 
+def test_the_planned_index_fits():
+    shown = reelrank(readme_command("index"))
+    assert shown.returncode == 0, shown.stderr
+    assert "designs keep every limit" in shown.stdout
+
+
 def test_serve_and_doctor_are_the_commands_that_exist():
     assert reelrank([readme_command("serve")[0], "--help"]).returncode == 0
     assert {"serve", "--registry", "--port"} <= set(readme_command("serve"))

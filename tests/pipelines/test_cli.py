@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -33,6 +34,12 @@ def test_help_lists_every_command():
         (["rollback", "--registry", "{tmp}"], 1, "ArtifactError"),
         (["feed", "--user", "1", "--address", "127.0.0.1:1"], 1, "UNAVAILABLE"),
         (["demo", "--scale", "huge"], 2, "give one of tiny, smoke"),
+        (["index", "build", "--run", "{tmp}"], 2, "is not a run folder"),
+        (["index", "plan", "--videos", "many", "--ram", "1GiB"], 2, "--videos 'many'"),
+        (["index", "plan", "--videos", "1e6", "--ram", "24Gx"], 2, "--ram '24Gx': give a number above 0, with a unit"),
+        (["index", "plan", "--videos", "1e6", "--ram", "1GiB", "--p50", "5min"], 2, "--p50 '5min'"),
+        (["index", "plan", "--videos", "1e6", "--ram", "1GiB", "--dim", "63"], 2, "--dim 63: give a multiple of 4"),
+        (["index", "plan", "--videos", "1e6", "--ram", "1GiB", "--recall", "90"], 2, "--recall 90"),
     ],
 )
 def test_mistakes_get_one_clear_line_and_their_exit_code(arguments: list[str], code: int, says: str, tmp_path: Path):
@@ -40,3 +47,15 @@ def test_mistakes_get_one_clear_line_and_their_exit_code(arguments: list[str], c
     assert shown.returncode == code, shown.stderr
     assert says in shown.stderr
     assert "Traceback" not in shown.stderr
+
+
+def test_index_plan_reads_human_sizes_and_its_exit_code_says_whether_anything_fits():
+    shown = reelrank("index", "plan", "--videos", "1M", "--ram", "2GiB", "--p50", "3000us", "--json")
+    assert shown.returncode == 0, shown.stderr
+    found = json.loads(shown.stdout)
+    asked = found["request"]
+    assert (asked["videos"], asked["ram_bytes"], asked["p50_ms"]) == (1_000_000, 2 * 2**30, 3.0)
+    assert found["pick"]["misses"] == []
+    refused = reelrank("index", "plan", "--videos", "1e9", "--ram", "24GiB")
+    assert refused.returncode == 3, refused.stderr
+    assert "No: no design keeps every limit" in refused.stdout

@@ -1,0 +1,357 @@
+"""The live index: a built index that takes uploads and removals at once, and survives a crash.
+
+Q queries, K results, D width, V rows of a part, N videos of an update. A `VideoIndex` of the catalogue as of its build
+(the base) stays as it is; beside it lie an overlay (a second `VideoIndex` of what came since, rebuilt by `compact`)
+and a delta of the newest, scanned exactly. Removed and replaced rows lose a bit. Search takes no lock: it reads one
+reference to a `View`, oldest part first, and starts again in the rare case that compaction has swapped it meanwhile.
+Every update is in the log (`updates.py`) and flushed before the call returns; a restart replays what no overlay holds.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import os
+import threading
+import weakref
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from candidate_gen.delta import NO_VIDEO, Delta, Found
+from candidate_gen.generations import Generation, Generations, fingerprint
+from candidate_gen.index import IndexConfig, VideoIndex
+from candidate_gen.part import Filter, Part
+from candidate_gen.updates import RECORD_VIDEOS, Update, UpdateLog
+
+UNIT_SLACK = 0.01
+"""A vector's length may be off 1 by this much: float16 and a tower's last rounding."""
+_NONE = np.zeros(0, np.int64)
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LiveConfig:
+    """When the delta becomes an overlay, and how that is built."""
+
+    compact_at: int = 20_000
+    """Entries of the delta that start a compaction in the background (0: only `compact` does). A query scans
+    10,000 x 64 in .35 ms of CPU, 50,000 in 1.8, 100,000 in 3.5."""
+    index: IndexConfig = field(default_factory=IndexConfig)
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """What a search reads; replaced whole."""
+
+    base: Part
+    overlay: Part | None
+    deltas: tuple[Delta, ...]
+    """Oldest first; writers append to the last."""
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """What a start found."""
+
+    replayed: int
+    """Updates read from the log."""
+    cut_bytes: int
+    """Of an update that a crash cut short before it was acknowledged; removed from the log."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """Videos by where they lie."""
+
+    delta: int
+    overlay: int
+    dead_base: int
+    """Rows of the base that were removed or replaced."""
+
+
+class LiveIndex:
+    """Search by 64-bit video id over a base index and everything that came and went since."""
+
+    def __init__(
+        self, folder: Path, base: VideoIndex, base_ids_V: np.ndarray, config: LiveConfig | None = None
+    ) -> None:
+        """Open `folder` (created), which belongs to this base alone, and replay its log.
+
+        `base_ids_V`: int64 id by row of the base, ascending from row 1; row 0 is unused. Raises ValueError for a folder
+        of another base and for damage (naming the file, in a log the byte), BlockingIOError while it is open elsewhere.
+        """
+        self.config = config or LiveConfig()
+        self._lock = threading.Lock()  # of writers; readers take none
+        self._compacting = threading.Lock()
+        self._thread: threading.Thread | None = None
+        self._filters: weakref.WeakSet[Filter] = weakref.WeakSet()
+        folder.mkdir(parents=True, exist_ok=True)
+        self._owner = _own(folder)
+        try:
+            self._open(folder, base, base_ids_V)
+        except BaseException:
+            os.close(self._owner)
+            raise
+
+    def _open(self, folder: Path, base: VideoIndex, base_ids_V: np.ndarray) -> None:
+        self._generations = Generations(folder, fingerprint(base_ids_V, base.dim))
+        generation = self._generations.open()
+        base_part, overlay = Part(base, base_ids_V), None
+        self._dead_base = [_NONE]
+        if generation is not None:
+            self._dead_base.append(base_part.retire(np.array(generation.dead_rows)))
+            overlay = _overlay(generation)
+        self._overlay_vectors_VD = None if generation is None else generation.vectors_VD
+        self._view = View(base_part, overlay, (Delta(base.dim),))
+        self._updates = UpdateLog(folder / "log", self._generations.first_segment, base.dim)
+        replayed = 0
+        for update in self._updates.replay():
+            self._apply(update)
+            replayed += 1
+        self.opened = Opened(replayed, self._updates.cut_bytes)
+
+    @property
+    def dim(self) -> int:
+        """D."""
+        return self._view.base.index.dim
+
+    def upsert(self, video_ids_N: np.ndarray, vectors_ND: np.ndarray, eligible_N: np.ndarray | None = None) -> None:
+        """Videos that came, or came again: what was known of them is replaced. On disk and in every search on return.
+
+        Vectors have length 1; they are kept as float16. One that is not `eligible` is in no search until it is upserted
+        again; one that the base knows stays under the base's filters (`search`). Of an id given twice the last counts.
+        Raises ValueError for what cannot be a video, OSError when the log cannot be written: then nothing may count.
+        """
+        ids_N = _checked_ids(video_ids_N)
+        vectors_ND = self._checked_vectors(vectors_ND, len(ids_N))
+        eligible_N = np.ones(len(ids_N), bool) if eligible_N is None else np.asarray(eligible_N, bool)
+        if eligible_N.shape != ids_N.shape:
+            raise ValueError(f"eligible has shape {eligible_N.shape}, expected {ids_N.shape}")
+        self._write(Update(ids_N, vectors_ND, eligible_N))
+
+    def remove(self, video_ids_N: np.ndarray) -> None:
+        """Videos that went: on disk, and in no search that starts after the return. Unknown ids are no error."""
+        self._write(Update(_checked_ids(video_ids_N), None, None))
+
+    def allow(self, rows: np.ndarray) -> Filter:
+        """A filter from a bool a row of the base (V,) or its packed bits (V / 8,) uint8, for any number of searches.
+
+        It speaks for every video of the base, also for those upserted since; a new video carries its eligibility from
+        `upsert`. Made once and kept, it costs a search nothing that grows with the catalogue.
+        """
+        with self._lock:
+            only = self._filter(rows)
+            self._filters.add(only)
+        return only
+
+    def search(
+        self,
+        query_QD: np.ndarray,
+        k: int,
+        *,
+        allowed: Filter | np.ndarray | None = None,
+        excluded_rows: np.ndarray | None = None,
+        excluded_ids: np.ndarray | None = None,
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Best ids (Q, k) int64 and inner products (Q, k) float32, padded with NO_VIDEO and -inf; k wherever k exist.
+
+        `allowed` is what `allow` takes or, better, made; `excluded_rows` are rows of the base, `excluded_ids` any
+        videos: seen, or of blocked authors. Threads search, and others write, at the same time.
+        """
+        query_QD = np.ascontiguousarray(query_QD, np.float32)
+        ids = _NONE if excluded_ids is None else _checked_ids(excluded_ids)
+        rows = _NONE if excluded_rows is None else np.asarray(excluded_rows, np.int64)
+        while True:
+            view = self._view
+            only = self._filter(allowed) if isinstance(allowed, np.ndarray) else allowed
+            found = _search(view, query_QD, k, only, rows, ids)
+            if found is not None and self._view is view:
+                return found
+
+    def compact(self) -> None:
+        """Make overlay and delta one new overlay, and let the log begin after them; searches and writers go on.
+
+        Writers wait for one flush when it begins and for some milliseconds when it ends. Killed at any instant, a
+        restart finds the state before or after.
+        """
+        with self._compacting:
+            with self._lock:
+                segment = self._updates.rotate()
+                view = self._view
+                self._view = View(view.base, view.overlay, (*view.deltas, Delta(self.dim)))
+                at = np.flatnonzero(_marks(view))
+                dead_rows = np.concatenate(self._dead_base)
+                self._dead_base = [dead_rows]
+            ids, vectors, base_rows = _take(view, self._overlay_vectors_VD, at)
+            order = np.argsort(ids)
+            generation = self._generations.write(
+                ids_V=np.concatenate([[0], ids[order]]),
+                base_rows_V=np.concatenate([[0], base_rows[order]]),
+                vectors_VD=np.concatenate([np.zeros((1, self.dim), np.float16), vectors[order]]),
+                dead_rows=dead_rows,
+                first_segment=segment,
+                config=self.config.index,
+            )
+            overlay = _overlay(generation)
+            with self._lock:
+                if overlay is not None:  # what was removed or replaced while the overlay was built
+                    overlay.retire(1 + np.flatnonzero(~_marks(view)[at[order]]))
+                self._overlay_vectors_VD = generation.vectors_VD
+                self._view = View(view.base, overlay, self._view.deltas[len(view.deltas) :])
+            self._updates.drop_before(segment)
+
+    def sizes(self) -> Sizes:
+        """How much lies where."""
+        view = self._view
+        overlay = 0 if view.overlay is None else view.overlay.alive.count
+        return Sizes(sum(len(delta) for delta in view.deltas), overlay, sum(map(len, self._dead_base)))
+
+    def close(self) -> None:
+        """Wait for a compaction, flush the log, let go of the folder."""
+        if self._thread is not None:
+            self._thread.join()
+        self._updates.close()
+        os.close(self._owner)
+
+    def _write(self, update: Update) -> None:
+        sequence = 0
+        for piece in update.pieces(RECORD_VIDEOS):
+            with self._lock:
+                sequence = self._updates.append(piece)
+                self._apply(piece)
+        self._updates.sync(sequence)
+        with self._lock:
+            idle = self._thread is None or not self._thread.is_alive()
+            if idle and 0 < self.config.compact_at <= self._view.deltas[-1].length:
+                self._thread = threading.Thread(target=self._compact_behind, name="compact", daemon=True)
+                self._thread.start()
+
+    def _compact_behind(self) -> None:
+        try:
+            self.compact()
+        except Exception:
+            _log.exception("compaction failed: nothing is lost, the delta keeps growing; the next write tries again")
+
+    def _apply(self, update: Update) -> None:
+        """Newest first, so that a reader, who goes the other way, never misses a video that is only replaced."""
+        view, ids_N, gone_N = self._view, update.ids_N, update.ids_N
+        *older, newest = view.deltas
+        base_rows_N = view.base.rows_of(ids_N)
+        if update.vectors_ND is not None and update.eligible_N is not None:
+            last = len(ids_N) - 1 - np.unique(ids_N[::-1], return_index=True)[1]
+            shown = last[update.eligible_N[last]]
+            newest.append(ids_N[shown], update.vectors_ND[shown].astype(np.float32), base_rows_N[shown])
+            gone_N = ids_N[last[~update.eligible_N[last]]]
+        newest.remove(gone_N)
+        for delta in older:
+            delta.remove(ids_N)
+        if view.overlay is not None:
+            view.overlay.retire(view.overlay.rows_of(ids_N))
+        dead = view.base.retire(base_rows_N)
+        self._dead_base.append(dead)
+        for only in self._filters:
+            only.retire(dead)
+
+    def _checked_vectors(self, vectors_ND: np.ndarray, n: int) -> np.ndarray:
+        vectors_ND = np.asarray(vectors_ND)
+        if vectors_ND.shape != (n, self.dim):
+            raise ValueError(f"vectors have shape {vectors_ND.shape}; {n} videos of this index want ({n}, {self.dim})")
+        length_N = np.linalg.norm(vectors_ND.astype(np.float32), axis=1)
+        if not (abs(length_N - 1) <= UNIT_SLACK).all():
+            raise ValueError(f"vectors have lengths {length_N.min()} .. {length_N.max()}: give vectors of length 1")
+        return vectors_ND.astype(np.float16)
+
+    def _filter(self, rows: np.ndarray) -> Filter:
+        base = self._view.base
+        bits = np.packbits(rows, bitorder="little") if rows.dtype == bool else rows
+        if len(rows) != (base.index.n_rows if rows.dtype == bool else len(base.alive.bits)) or bits.dtype != np.uint8:
+            raise ValueError(f"`allowed` has {len(rows)} {rows.dtype}, the base {base.index.n_rows} rows")
+        return Filter(bits, base)
+
+
+def _search(
+    view: View, query_QD: np.ndarray, k: int, only: Filter | None, rows: np.ndarray, ids: np.ndarray
+) -> tuple[np.ndarray, np.ndarray] | None:
+    """Base, overlay, deltas: oldest first, see `_apply`; None when a video was met both old and new: search again."""
+    base_rows = np.concatenate([rows, view.base.rows_of(ids)]) if len(ids) else rows
+    found = [view.base.search(query_QD, k, only=only, excluded_rows=base_rows[base_rows > 0])]
+    ids = np.concatenate([ids, view.base.ids_V[rows[rows > 0]]]) if len(rows) else ids
+    if view.overlay is not None:
+        excluded = view.overlay.rows_of(ids)
+        found.append(view.overlay.search(query_QD, k, only=only, excluded_rows=excluded[excluded > 0]))
+    deltas = [delta for delta in view.deltas if delta.length]
+    bits = None if only is None else only.asked_bits
+    found += [delta.search(query_QD, k, allowed_bits=bits, excluded_ids=ids) for delta in deltas]
+    if len(found) == 1:
+        return found[0]
+    ids_QK, scores_QK = _merge(found, k)
+    return None if _is_torn(ids_QK, found, ids) else (ids_QK, scores_QK)
+
+
+def _merge(found: list[Found], k: int) -> Found:
+    """The k best of each query, best first, ties by id."""
+    ids_QM, score_QM = (np.concatenate(arrays, axis=1) for arrays in zip(*found, strict=True))
+    if score_QM.shape[1] > 4 * k:
+        top = np.argpartition(-score_QM, k, axis=1)[:, :k]
+        ids_QM, score_QM = np.take_along_axis(ids_QM, top, 1), np.take_along_axis(score_QM, top, 1)
+    order = np.lexsort((ids_QM, -score_QM), axis=1)[:, :k]
+    return np.take_along_axis(ids_QM, order, 1), np.take_along_axis(score_QM, order, 1)
+
+
+def _is_torn(ids_QK: np.ndarray, found: list[Found], excluded_ids: np.ndarray) -> bool:
+    """A writer was between publishing a video's new entry and retiring its old one while parts were read."""
+    every_QM = np.sort(np.concatenate([ids for ids, _ in found], axis=1), axis=1)
+    is_twice = ((every_QM[:, 1:] == every_QM[:, :-1]) & (every_QM[:, 1:] != NO_VIDEO)).any()
+    return bool(is_twice or (len(excluded_ids) and np.isin(ids_QK, excluded_ids).any()))
+
+
+def _marks(view: View) -> np.ndarray:
+    """Alive or not, of the overlay's rows and then of each delta's entries."""
+    overlay = [] if view.overlay is None else [view.overlay.marks()]
+    return np.concatenate([*overlay, *(delta.marks() for delta in view.deltas)])
+
+
+def _take(view: View, overlay_vectors_VD: np.ndarray | None, at: np.ndarray) -> tuple[np.ndarray, ...]:
+    """(ids, float16 vectors, base rows) at places of `_marks`."""
+    taken, start = [], 0
+    if view.overlay is not None and overlay_vectors_VD is not None and view.overlay.base_rows_V is not None:
+        rows, start = at[at < len(view.overlay.ids_V)], len(view.overlay.ids_V)
+        taken.append((view.overlay.ids_V[rows], overlay_vectors_VD[rows], view.overlay.base_rows_V[rows]))
+    for delta in view.deltas:
+        entries = at[(at >= start) & (at < start + delta.length)] - start
+        taken.append(delta.take(entries))
+        start += delta.length
+    ids, vectors, base_rows = (np.concatenate(column) for column in zip(*taken, strict=True))
+    return ids, vectors.astype(np.float16), base_rows
+
+
+def _overlay(generation: Generation) -> Part | None:
+    if generation.index is None:
+        return None
+    return Part(generation.index, np.asarray(generation.ids_V), np.asarray(generation.base_rows_V))
+
+
+def _checked_ids(ids: np.ndarray) -> np.ndarray:
+    """int64; floats are refused, for they hold no id above 2^53."""
+    ids = np.asarray(ids)
+    if ids.ndim != 1 or (ids.dtype.kind not in "iu" and ids.size):
+        raise ValueError(f"video ids are {ids.dtype} of shape {ids.shape}: give one dimension of integers")
+    if ids.dtype == np.uint64 and (ids > np.uint64(np.iinfo(np.int64).max)).any():
+        raise ValueError("video ids hold values above 2^63 - 1: ids are signed 64-bit integers")
+    ids = ids.astype(np.int64)
+    if (ids == NO_VIDEO).any():
+        raise ValueError(f"video id {NO_VIDEO} is the one that pads results: no video may have it")
+    return ids
+
+
+def _own(folder: Path) -> int:
+    """One process a folder; the kernel lets go of it when the process dies."""
+    handle = os.open(folder / "LOCK", os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(handle)
+        raise BlockingIOError(error.errno, f"{folder} is open in another process: one live index a folder") from error
+    return handle

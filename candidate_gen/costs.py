@@ -1,7 +1,7 @@
 """What a video index costs: bytes, nanoseconds and recall of its parts, each constant with its source.
 
 R directions that lists and codes keep, D width, n videos. [M] is measured on two cores of an AMD EPYC (AVX-512),
-faiss-cpu 1.15.1; [D] is derived from such. Recall is of a trained video tower's vectors (64 wide, 24 directions) for
+faiss-cpu 1.15.1; [D] is derived from such. Recall is of a trained video tower's vectors (64 wide, 16 directions) for
 queries of its user tower, 1 M, 10 M and 100 M videos; other towers differ, and a sweep on one's own replaces it.
 """
 
@@ -69,17 +69,16 @@ class CoarseCosts:
 REFERENCE = 100e6
 """Videos that recall figures were measured at."""
 
-PQ_SCAN_NS = ((12, 2.0), (16, 3.4), (32, 4.84), (64, 10.0))
-"""[M] slopes between 64 (or 256) and 1,024 probes of 100 M x 12 B (this index), 500 M x 16 B, 100 M x 32 B and 100 M x
-64 B, the coarse step subtracted."""
+PQ_SCAN_NS = ((16, 1.5),)
+"""[M] slope between 128 and 512 probes of 100 M x 16 B, this index; other sizes [D] by their bytes."""
 
 CODES = (
-    CodeCosts(name="pq 8b", bits_per_dim=8, scan_ns=PQ_SCAN_NS, kept_logit=KEPT8, block=32),
-    CodeCosts(name="pq 4b", bits_per_dim=4, scan_ns=PQ_SCAN_NS, kept_logit=1.86, block=32),  # [M] .865
-    CodeCosts(name="pq 2b", bits_per_dim=2, scan_ns=PQ_SCAN_NS, kept_logit=0.86, block=32),  # [M] at 1 M: .979 for .992
-    CodeCosts(name="rabitq 1b", bits_per_dim=1, extra_bytes=8, scan_ns=((16, 9.0),), kept_logit=-1.2, block=32),
-    # [D] 10 M synthetic vectors: .854 where pq 2b kept .98; 9 ns, twice pq at the same bytes
-    CodeCosts(name="sq 8b", bits_per_dim=8, scan_ns=((64, 16.0),), kept_logit=3.3),  # [D] between pq 4b and exact
+    CodeCosts(name="pq 8b", bits_per_dim=8, scan_ns=PQ_SCAN_NS, kept_logit=3.2, block=32),  # [M] .961
+    CodeCosts(name="pq 4b", bits_per_dim=4, scan_ns=PQ_SCAN_NS, kept_logit=1.6, block=32),  # [M] .967 at 10 M
+    CodeCosts(name="pq 2b", bits_per_dim=2, scan_ns=PQ_SCAN_NS, kept_logit=0.46, block=32),  # [M] .993 at 1 M
+    CodeCosts(name="rabitq 1b", bits_per_dim=1, extra_bytes=8, scan_ns=((16, 9.0),), kept_logit=-1.6, block=32),
+    # [D] 10 M synthetic vectors: .854 where pq 2b kept .98; 9 ns, some times pq at the same bytes
+    CodeCosts(name="sq 8b", bits_per_dim=8, scan_ns=((64, 16.0),), kept_logit=3.3),  # [D] as pq 8b
 )
 
 COARSE = (
@@ -88,8 +87,10 @@ COARSE = (
         name="fast-scan",
         ns_per_list_dim=0.02,
         us_per_probe=((1, 0.32),),
+        found=0.1,
         bits_per_dim=4,
-    ),  # [M] .11, .18, .38 ms at 16,384, 65,536, 262,144 lists and 256 probes; what it misses is in `recall_at_share`
+    ),  # [M] .11, .18, .38 ms at 16,384, 65,536, 262,144 lists and 256 probes; 64 of 65,536 found so held .70 of the
+    # best 100 of 100 M, 8 found by exact products .79
     CoarseCosts(
         name="hnsw",
         us_per_probe=((65_536, 2.6), (262_144, 4.1)),
@@ -114,30 +115,30 @@ class IndexCosts:
     process_bytes: int = 200 * 2**20
     """[M] A Python process with numpy and FAISS loaded and its search buffers, before any index."""
     recall_at_share: tuple[tuple[float, float], ...] = (
-        (0.00012, 0.41),
-        (0.00049, 0.718),
-        (0.00195, 0.93),
-        (0.0039, 0.975),
-        (0.0078, 0.992),
+        (0.000244, 0.882),
+        (0.000488, 0.945),
+        (0.000977, 0.978),
+        (0.00195, 0.989),
+        (0.0039, 0.996),
     )
-    """[M] (share of lists probed, share of the exact best 100 in them): 8, 32, 128, 256 and 512 of 65,536 lists,
-    100 M videos, lists chosen by fast-scan. Linear between them in log(share) and logit; extrapolated outside."""
-    share_exponent: float = 0.4
-    """[M] n videos at a share s find what 100 M find at s (n / 100 M)^.4: at 1 M and 10 M up to .03 too low."""
-    kept_per_decade: float = 1.48
-    """[M] logit(kept) falls by this for ten times the videos: .992, .965 and .865 at 1 M, 10 M and 100 M."""
-    kept_per_tenfold_found: float = 0.93
-    """[M] and rises by this when ten times as many are found by code and scored exactly: .865, .895, .919 at 100 M."""
-    refine_first_k: tuple[tuple[str, float], ...] = (("float16", 1.0), ("int8", 0.975), ("int4", 0.71), ("none", 0.97))
-    """[M] share of the best 100 among the 1,000 handed on that stored vectors put first (int8 at 100 M, int4 at 1 M);
+    """[M] (share of lists probed, share of the exact best 100 in them): 8, 16, 32, 64 and 128 of 32,768 lists, 100 M
+    videos. Linear between them in log(share) and logit; extrapolated outside."""
+    share_exponent: float = 0.2
+    """[M] n videos at a share s find what 100 M find at s (n / 100 M)^.2: .15 to .27 at 1 M and 10 M."""
+    kept_per_decade: float = 1.9
+    """[M] logit(kept) falls by this for ten times the videos: .9991, .9948 and .961 at 1 M, 10 M and 100 M, 8 bits."""
+    kept_per_tenfold_found: float = 1.52
+    """[M] and rises by this when ten times as many are found by code and scored exactly: .961, .975, .984 at 100 M."""
+    refine_first_k: tuple[tuple[str, float], ...] = (("float16", 1.0), ("int8", 0.965), ("int4", 0.69), ("none", 0.97))
+    """[M] share of the best 100 among the 1,000 handed on that stored vectors put first (int8 at 10 M, int4 at 1 M);
     [D] none: sq 8b alone."""
     handed_on_per_k: int = 10
     """The index hands this many times k on: 1,000 for the best 100."""
     rerank: tuple[int, ...] = (1, 2, 4)
     """Codes find so many times what is handed on, stored vectors score it (`IndexConfig.rerank`)."""
-    query_fixed_ms: float = 0.05
-    found_us: float = 0.2
-    """[M] .25 ms a query at 1,000 found that no number of codes explains: tables, heap, merge."""
+    query_fixed_ms: float = 0.1
+    found_us: float = 0.13
+    """[M] .23 ms more a query for each 1,000 found and scored, less the rescoring below."""
     rescore_us_per_64_bytes: float = 0.1
     """[D] gathering and multiplying one row of 64 bytes: 28 M rows/s is the memory's bound."""
     fault_us: float = 66.0
@@ -148,13 +149,14 @@ class IndexCosts:
     """[M] 1.1 to 1.24 in 100 M x 32 B and 500 M x 16 B, one query at a time, quiet machine."""
     train_rounds: int = 10
     train_gflops: float = 15.0
-    """[M] a core, two-level k-means with its sampling: 33 s for 65,536 lists on a busy machine."""
-    assign_gflops: float = 20.0
-    """[M] a core, two-level assignment: 100 M assigned to 65,536 lists and encoded in about 800 CPU-seconds."""
-    assign_branches: int = 8
-    """First-level cells whose lists a vector is compared with."""
+    """[M] a core, two-level k-means: 9 s for 32,768 lists of 16 directions on a busy machine, sampling included."""
+    assign_gflops: float = 5.0
+    """[M] a core, two-level assignment, whose products are narrow: with encoding and storing, 100 M took 680
+    CPU-seconds on a busy machine."""
+    assign_branches: int = 3
+    """Groups whose lists a vector is compared with."""
     encode_per_s: float = 185_000.0
-    """[M] vectors of 64 directions a second and core, 4-bit product codes (.25 to 1.4 M/s on two; the slow middle)."""
+    """[M] vectors of 64 directions a second and core: codes, stored vectors, conversions."""
     merge_per_s: float = 1_000_000.0
     """[M] vectors a second, one process (100 M in 120 s on a busy machine)."""
     disk_gb_s: float = 1.4

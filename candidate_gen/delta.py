@@ -86,13 +86,27 @@ class Delta:
                 self._retire(entry)
 
     def search(
-        self, query_QD: np.ndarray, k: int, *, allowed_bits: np.ndarray | None, excluded_ids: np.ndarray
+        self,
+        query_QD: np.ndarray,
+        k: int,
+        *,
+        floor_Q1: np.ndarray,
+        allowed_bits: np.ndarray | None,
+        excluded_ids: np.ndarray,
     ) -> Found:
-        """Exact best k by inner product, in no order; `allowed_bits` speaks for entries that have a base row."""
-        pieces = [self._search(query_QD[i : i + QUERIES_AT_ONCE], k, allowed_bits, excluded_ids)
-                  for i in range(0, max(len(query_QD), 1), QUERIES_AT_ONCE)]  # fmt: skip
-        ids, scores = (np.concatenate(arrays) for arrays in zip(*pieces, strict=True))
-        return ids, scores
+        """Exact best by inner product, in no order: at most k, and of those only what scores above a query's floor.
+
+        `allowed_bits` speaks for entries that have a base row.
+        """
+        steps = range(0, len(query_QD), QUERIES_AT_ONCE)
+        parts = [slice(start, start + QUERIES_AT_ONCE) for start in steps]
+        pieces = [self._search(query_QD[part], k, floor_Q1[part], allowed_bits, excluded_ids) for part in parts]
+        width = max((ids.shape[1] for ids, _ in pieces), default=0)
+        ids_QK = np.full((len(query_QD), width), NO_VIDEO, np.int64)
+        score_QK = np.full((len(query_QD), width), -np.inf, np.float32)
+        for part, (ids, scores) in zip(parts, pieces, strict=True):
+            ids_QK[part, : ids.shape[1]], score_QK[part, : ids.shape[1]] = ids, scores
+        return ids_QK, score_QK
 
     def marks(self) -> np.ndarray:
         """Mark by entry, the writer standing still."""
@@ -109,7 +123,14 @@ class Delta:
     def _retire(self, entry: int) -> None:
         self._blocks[entry // BLOCK].alive_M[entry % BLOCK] = False
 
-    def _search(self, query_QD: np.ndarray, k: int, allowed_bits: np.ndarray | None, excluded_ids: np.ndarray) -> Found:
+    def _search(
+        self,
+        query_QD: np.ndarray,
+        k: int,
+        floor_Q1: np.ndarray,
+        allowed_bits: np.ndarray | None,
+        excluded_ids: np.ndarray,
+    ) -> Found:
         pieces = [np.zeros((len(query_QD), 0), np.float32)]
         done = 0
         while (length := self.length) > done:  # again for what was published while the marks were read
@@ -126,11 +147,12 @@ class Delta:
         score_QM = np.concatenate(pieces, axis=1)
         entries = [self._entry_of.get(video_id) for video_id in excluded_ids.tolist()] if done else []
         score_QM[:, [entry for entry in entries if entry is not None and entry < done]] = -np.inf
-        entry_QK = np.broadcast_to(np.arange(done), score_QM.shape)
-        if done > k:
-            entry_QK = np.argpartition(-score_QM, k, axis=1)[:, :k]
-            score_QM = np.take_along_axis(score_QM, entry_QK, 1)
-        return np.where(np.isneginf(score_QM), NO_VIDEO, self._ids_at(entry_QK)), score_QM
+        above = min(int((score_QM > floor_Q1).sum(axis=1).max(initial=0)), k)
+        if above == 0:
+            return np.zeros((len(query_QD), 0), np.int64), np.zeros((len(query_QD), 0), np.float32)
+        entry_QK = np.argpartition(-score_QM, above - 1, axis=1)[:, :above]
+        score_QK = np.take_along_axis(score_QM, entry_QK, 1)
+        return np.where(np.isneginf(score_QK), NO_VIDEO, self._ids_at(entry_QK)), score_QK
 
     def _ids_at(self, entry_QK: np.ndarray) -> np.ndarray:
         ids_QK = np.zeros(entry_QK.shape, np.int64)

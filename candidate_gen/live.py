@@ -276,35 +276,37 @@ def _search(
 ) -> tuple[np.ndarray, np.ndarray] | None:
     """Base, overlay, deltas: oldest first, see `_apply`; None when a video was met both old and new: search again."""
     base_rows = np.concatenate([rows, view.base.rows_of(ids)]) if len(ids) else rows
-    found = [view.base.search(query_QD, k, only=only, excluded_rows=base_rows[base_rows > 0])]
+    best = view.base.search(query_QD, k, only=only, excluded_rows=base_rows[base_rows > 0])
     ids = np.concatenate([ids, view.base.ids_V[rows[rows > 0]]]) if len(rows) else ids
+    floor_Q1 = best[1][:, -1:] if k > 0 else np.full((len(query_QD), 1), np.inf, np.float32)
+    newer: list[Found] = []
     if view.overlay is not None:
         excluded = view.overlay.rows_of(ids)
-        found.append(view.overlay.search(query_QD, k, only=only, excluded_rows=excluded[excluded > 0]))
-    deltas = [delta for delta in view.deltas if delta.length]
+        found, scores = view.overlay.search(query_QD, k, only=only, excluded_rows=excluded[excluded > 0])
+        above = int((scores > floor_Q1).sum(axis=1).max(initial=0))
+        newer.append((found[:, :above], scores[:, :above]))
     bits = None if only is None else only.asked_bits
-    found += [delta.search(query_QD, k, allowed_bits=bits, excluded_ids=ids) for delta in deltas]
-    if len(found) == 1:
-        return found[0]
-    ids_QK, scores_QK = _merge(found, k)
-    return None if _is_torn(ids_QK, found, ids) else (ids_QK, scores_QK)
+    for delta in view.deltas:
+        if delta.length:
+            newer.append(delta.search(query_QD, k, floor_Q1=floor_Q1, allowed_bits=bits, excluded_ids=ids))
+    newer = [(found, scores) for found, scores in newer if found.shape[1]]
+    if not newer:
+        return best
+    return None if _is_torn(best, newer, ids) else _merge(best, newer, k)
 
 
-def _merge(found: list[Found], k: int) -> Found:
-    """The k best of each query, best first, ties by id."""
-    ids_QM, score_QM = (np.concatenate(arrays, axis=1) for arrays in zip(*found, strict=True))
-    if score_QM.shape[1] > 4 * k:
-        top = np.argpartition(-score_QM, k, axis=1)[:, :k]
-        ids_QM, score_QM = np.take_along_axis(ids_QM, top, 1), np.take_along_axis(score_QM, top, 1)
-    order = np.lexsort((ids_QM, -score_QM), axis=1)[:, :k]
+def _merge(best: Found, newer: list[Found], k: int) -> Found:
+    """The k best of each query, best first."""
+    ids_QM, score_QM = (np.concatenate(arrays, axis=1) for arrays in zip(best, *newer, strict=True))
+    order = np.argsort(-score_QM, axis=1, kind="stable")[:, :k]
     return np.take_along_axis(ids_QM, order, 1), np.take_along_axis(score_QM, order, 1)
 
 
-def _is_torn(ids_QK: np.ndarray, found: list[Found], excluded_ids: np.ndarray) -> bool:
+def _is_torn(best: Found, newer: list[Found], excluded_ids: np.ndarray) -> bool:
     """A writer was between publishing a video's new entry and retiring its old one while parts were read."""
-    every_QM = np.sort(np.concatenate([ids for ids, _ in found], axis=1), axis=1)
+    every_QM = np.sort(np.concatenate([best[0], *(ids for ids, _ in newer)], axis=1), axis=1)
     is_twice = ((every_QM[:, 1:] == every_QM[:, :-1]) & (every_QM[:, 1:] != NO_VIDEO)).any()
-    return bool(is_twice or (len(excluded_ids) and np.isin(ids_QK, excluded_ids).any()))
+    return bool(is_twice or (len(excluded_ids) and any(np.isin(ids, excluded_ids).any() for ids, _ in newer)))
 
 
 def _marks(view: View) -> np.ndarray:

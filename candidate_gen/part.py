@@ -41,6 +41,7 @@ class Part:
                 f"above {NO_VIDEO}"
             )
         self.index, self.ids_V, self.base_rows_V = index, ids_V, base_rows_V
+        self._knows_base = base_rows_V is not None and bool(base_rows_V.any())
         everything = index.everything
         self.alive = RowFilter(everything.bits.copy(), everything.count, everything=True)
         """Replaced by `retire`, which clears its bits in place, a byte at a time, under readers' eyes."""
@@ -65,7 +66,7 @@ class Part:
         allowed = self.alive
         if only is not None and self.base_rows_V is None:
             allowed = only.allowed
-        elif only is not None and self.base_rows_V is not None:
+        elif only is not None and self.base_rows_V is not None and self._knows_base:
             passing = np.packbits(permitted(self.base_rows_V, only.asked_bits), bitorder="little")
             allowed = self.index.allow(passing & allowed.bits)
         rows_QK, scores_QK = self.index.search(query_QD, k, allowed=allowed, excluded_rows=excluded_rows)

@@ -58,4 +58,4 @@ def test_index_plan_reads_human_sizes_and_its_exit_code_says_whether_anything_fi
     assert found["pick"]["misses"] == []
     refused = reelrank("index", "plan", "--videos", "1e9", "--ram", "24GiB")
     assert refused.returncode == 3, refused.stderr
-    assert "No: no design keeps every limit" in refused.stdout
+    assert "No: no design that is built keeps every limit" in refused.stdout

@@ -79,7 +79,7 @@ def kuairand_pure() -> SequentialRecipe:
         name="kuairand-pure",
         source=SourceConfig(user="user_id", item="video_id", order="seq_pos", where="long_view=1"),
         model=NextItemConfig(encoder=EncoderConfig(dim=64, layers=2, heads=2, dropout=0.2), length=50),
-        train=SequentialTrainConfig(epochs=15, patience=3, batch_size=64, lr=2e-3),
+        train=SequentialTrainConfig(epochs=20, patience=6, batch_size=64, lr=2e-3),
     )
 
 

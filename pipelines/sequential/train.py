@@ -217,8 +217,9 @@ class Trainer:
         return bool(self.epochs) and not self.refit and len(self.epochs) - 1 - self.best.epoch >= self.config.patience
 
     def _tell(self, epoch: int, step: int, steps: int, loss: float, rate: float) -> None:
-        pace_s = sum(e.wall_s for e in self.epochs) / len(self.epochs) if self.epochs else 0.0
-        pace_s = pace_s or int(self.windows.size_W.sum()) / rate
+        pace_s = int(self.windows.size_W.sum()) / rate
+        if self.epochs:  # these had their validation as well; a machine that is busy now says so by the rate
+            pace_s = max(pace_s, sum(e.wall_s for e in self.epochs) / len(self.epochs))
         left_min = (self.epochs_wanted - epoch - step / steps) * pace_s / 60
         best = ""
         if self.epochs and not self.refit:

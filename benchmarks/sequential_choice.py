@@ -34,7 +34,7 @@ VARIANTS: dict[str, tuple[str, ...]] = {
         "model.in_batch_negatives=512",
         "model.correct_sampling=false",
     ),
-    "temperature .1": ("model.temperature=0.1",),
+    "temperature .05": ("model.temperature=0.05",),
     "dot product": ("model.l2_norm=false", "model.temperature=1.0"),
     "sasrec, absolute": ("model.encoder.kind=sasrec", "model.encoder.positions=absolute"),
     "ligr, absolute": ("model.encoder.positions=absolute",),

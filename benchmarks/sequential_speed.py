@@ -131,7 +131,7 @@ def _time_validation(trainer: Trainer) -> dict[str, float]:
     part = trainer.validation.take(every[:VALIDATION_USERS])
     with torch.no_grad():
         clock = _Clock()
-        rank_targets(trainer.scorer(), trainer.sequences, part, trainer.exclude)
+        rank_targets(trainer.scorer(), trainer.sequences, part, trainer.exclude, tops=0)
     return clock.seconds(len(trainer.validation) / len(part))
 
 

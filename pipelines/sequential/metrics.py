@@ -17,7 +17,8 @@ from pipelines.metrics import coverage
 from pipelines.sequential.data import Sequences, Windows
 
 KS = (10, 50, 200)
-USERS_AT_ONCE = 256
+USERS_AT_ONCE, SCORES_AT_ONCE = 256, 1 << 26
+"""So many users, or fewer where their scores of all items would take more than 256 MiB."""
 NEVER = 1 << 40
 """Candidates above a target that is no candidate."""
 
@@ -38,10 +39,12 @@ class Ranking:
     """Best candidates of each user, -1 where there are no more."""
 
 
-def rank_targets(score: Scorer, sequences: Sequences, windows: Windows, exclude: Exclude) -> Ranking:
+def rank_targets(
+    score: Scorer, sequences: Sequences, windows: Windows, exclude: Exclude, *, tops: int = max(KS)
+) -> Ranking:
     """Rank every window's last target. Excluded are all items the user has seen, those in the window, or none;
-    a target that is excluded itself, being consumed again, is never found."""
-    parts = [_rank(score(part), sequences, part, exclude) for part in _parts(windows)]
+    a target that is excluded itself, being consumed again, is never found. `tops`: so many best candidates are kept."""
+    parts = [_rank(score(part), sequences, part, exclude, tops) for part in _parts(windows, sequences.n_items)]
     return Ranking(
         above_U=np.concatenate([p.above_U for p in parts]),
         beside_U=np.concatenate([p.beside_U for p in parts]),
@@ -50,12 +53,13 @@ def rank_targets(score: Scorer, sequences: Sequences, windows: Windows, exclude:
 
 
 def summarise(ranking: Ranking, n_items: int) -> dict[str, float]:
-    """HR@k, NDCG@k with one relevant item (1 / log2(place + 1)), and the share of the catalogue in anybody's top k."""
+    """HR@k, NDCG@k with one relevant item (1 / log2(place + 1)), and, where the best candidates were kept, the share of
+    the catalogue in anybody's top k."""
     result: dict[str, float] = {}
     for k in KS:
         result[f"hr@{k}"] = float(hits(ranking, k).mean())
         result[f"ndcg@{k}"] = float(gains(ranking, k).mean())
-    for k in KS:
+    for k in KS if ranking.top_UK.shape[1] else ():
         result[f"coverage@{k}"] = coverage(ranking.top_UK[:, :k], n_items)
     return result
 
@@ -85,13 +89,14 @@ def popularity(sequences: Sequences, windows: Windows) -> Scorer:
     return lambda part: scores_V.expand(len(part), -1).clone()
 
 
-def _parts(windows: Windows) -> Iterator[Windows]:
+def _parts(windows: Windows, n_items: int) -> Iterator[Windows]:
     """In order; each part is padded only to its own longest window."""
-    for begin in range(0, len(windows), USERS_AT_ONCE):
-        yield windows.take(np.arange(begin, min(begin + USERS_AT_ONCE, len(windows))))
+    users = max(1, min(USERS_AT_ONCE, SCORES_AT_ONCE // n_items))
+    for begin in range(0, len(windows), users):
+        yield windows.take(np.arange(begin, min(begin + users, len(windows))))
 
 
-def _rank(score_BV: torch.Tensor, sequences: Sequences, windows: Windows, exclude: Exclude) -> Ranking:
+def _rank(score_BV: torch.Tensor, sequences: Sequences, windows: Windows, exclude: Exclude, tops: int) -> Ranking:
     target_B = torch.from_numpy(sequences.item_N[windows.end_W]).to(score_BV.device)
     row_B = torch.arange(len(target_B), device=score_BV.device)
     of_target_B1 = score_BV[row_B, target_B][:, None].clone()
@@ -104,11 +109,10 @@ def _rank(score_BV: torch.Tensor, sequences: Sequences, windows: Windows, exclud
     candidate_B = score_BV[row_B, target_B] > float("-inf")
     above_B = (score_BV > of_target_B1).sum(dim=1)
     beside_B = (score_BV == of_target_B1).sum(dim=1) - 1
-    k = max(KS)
-    best = score_BV.topk(min(k, score_BV.shape[1]), dim=1)
+    best = score_BV.topk(min(tops, score_BV.shape[1]), dim=1)
     top_BK = torch.where(best.values > float("-inf"), best.indices, -1)
     return Ranking(
         above_U=torch.where(candidate_B, above_B, NEVER).cpu().numpy(),
         beside_U=torch.where(candidate_B, beside_B, 0).cpu().numpy(),
-        top_UK=np.pad(top_BK.cpu().numpy(), ((0, 0), (0, k - top_BK.shape[1])), constant_values=-1),
+        top_UK=np.pad(top_BK.cpu().numpy(), ((0, 0), (0, tops - top_BK.shape[1])), constant_values=-1),
     )

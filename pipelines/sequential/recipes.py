@@ -78,8 +78,8 @@ def kuairand_pure() -> SequentialRecipe:
     return SequentialRecipe(
         name="kuairand-pure",
         source=SourceConfig(user="user_id", item="video_id", order="seq_pos", where="long_view=1"),
-        model=NextItemConfig(encoder=EncoderConfig(dim=64, layers=2, heads=2, dropout=0.2), length=50),
-        train=SequentialTrainConfig(epochs=15, patience=3, batch_size=64, lr=2e-3),
+        model=NextItemConfig(encoder=EncoderConfig(dim=64, layers=2, heads=2, dropout=0.2), length=50, temperature=0.1),
+        train=SequentialTrainConfig(epochs=20, patience=3, batch_size=64, lr=2e-3),
     )
 
 

@@ -1,7 +1,8 @@
 """The towers' training task: windows of users' logs, each with a target wherever a positive impression came next.
 
 A unit is a window W: at most L events and the positives that follow some of them. B windows a batch, N targets,
-X uniform negatives, C features of (video, instant). One pass of the history encoder serves every target of its window:
+X uniform negatives (or the whole catalogue), G days, C features of (video, instant). One pass of the history encoder
+serves every target of its window:
 
     log of one user    a  b  c  d  e  f        positives: c f
     window             a  b  c  d  e           c is predicted from position 2 (after a b), f from 5
@@ -19,11 +20,10 @@ from safetensors.torch import save_file
 
 from candidate_gen.model import TowerConfig, TowerSizes, TowersModel
 from features.dataset import Dataset
-from features.history import gap_bucket
 from features.inputs import Collated, UserRows, age_features, assemble
 from features.schema import SIGNALS
 
-FORMAT = 2
+FORMAT = 3
 """Version of towers.json; raised when an older reader would go wrong."""
 
 
@@ -62,6 +62,8 @@ class TowersTask:
         self._negatives = eligible[np.argsort(dataset.upload_ts_ms[eligible], kind="stable")]
         self._uploads_ms = np.asarray(dataset.upload_ts_ms[self._negatives])
         self._view_ms = view_instants(dataset)
+        self.exact = 0 < len(eligible) <= config.full_softmax_up_to
+        self._catalogue_dense: dict[int, np.ndarray] = {}
 
     def build(self) -> torch.nn.Module:
         """Fresh towers; the caller seeds torch."""
@@ -83,15 +85,13 @@ class TowersTask:
         owner_N = np.repeat(np.arange(len(end_B)), count_B)
         e, data = self.dataset.examples, self.dataset
         history = data.history.windows(user_row_B, end_B, data.encoder.spec.history_length)
-        position_N = e.history_end[rows_N] - (end_B - history.length_B)[owner_N]
-        last_ms_N = history.ts_ms_BL[owner_N, np.maximum(position_N - 1, 0)]
-        video_row_N, ts_ms_N, day_N = e.video_row[rows_N], e.ts_ms[rows_N], e.day[rows_N]
-        negatives_X, like_X = self._draw_negatives(ts_ms_N, seed)
+        video_row_N, day_N = e.video_row[rows_N], e.day[rows_N]
+        extra_rows_X, columns = self._exact(rows_N) if self.exact else self._sampled(rows_N, seed)
         inputs = assemble(
             user=UserRows.take(data.users, user_row_B),
             user_counters_BC=np.zeros((len(end_B), 0), np.float32),
             surface_B=np.zeros(len(end_B), np.int64),
-            now_ms_B=np.zeros(len(end_B), np.int64),
+            now_ms_B=e.ts_ms[rows_N[np.cumsum(count_B) - 1]],  # a window ends where its last target asks
             history=history,
             videos=data.videos,
             candidate_rows_N=video_row_N,
@@ -99,18 +99,12 @@ class TowersTask:
             candidate_counters_NC=np.zeros((len(rows_N), 0), np.float32),
             candidate_upload_ts_ms_N=data.upload_ts_ms[video_row_N],
             slot_N=np.zeros(len(rows_N), np.int64),
-            extra_rows_X=negatives_X,
+            extra_rows_X=extra_rows_X,
         )
-        targets = {
-            "position_N": position_N,
-            "surface_N": e.surface[rows_N],
-            "gap_N": gap_bucket(ts_ms_N, last_ms_N, position_N > 0),
-            "log_draws_N": self._log_draws(video_row_N, day_N, ts_ms_N, len(rows_N)),
-            "log_draws_X": self._log_draws(negatives_X, day_N[like_X], ts_ms_N[like_X], len(rows_N)),
-            "extra_dense_XC": features_at(data, negatives_X, day_N[like_X], self._view_ms[day_N[like_X]]),
-        }
+        position_N = e.history_end[rows_N] - (end_B - history.length_B)[owner_N]
         # Age and counters as the index of the target's day has them, which is made once, at the day's first instant.
         at_view_NC = features_at(data, video_row_N, day_N, self._view_ms[day_N])
+        targets = {"position_N": position_N, "surface_N": e.surface[rows_N], **columns}
         return Collated(replace(inputs, candidate_dense_NC=at_view_NC), targets)
 
     def export(self, state: dict[str, torch.Tensor], folder: Path) -> None:
@@ -125,22 +119,46 @@ class TowersTask:
         }
         (folder / "towers.json").write_text(json.dumps(described, indent=2, sort_keys=True))
 
+    def _exact(self, rows_N: np.ndarray) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        """(all eligible videos by upload time (X,), what the exact softmax reads of them at the targets' instants)."""
+        e, catalogue_X = self.dataset.examples, self._negatives
+        days, day_N = np.unique(e.day[rows_N], return_inverse=True)
+        for day in set(days.tolist()) - self._catalogue_dense.keys():
+            self._catalogue_dense[day] = features_at(self.dataset, catalogue_X, day, self._view_ms[day])
+        return catalogue_X, {
+            "catalogue_dense_GXC": np.stack([self._catalogue_dense[day] for day in days.tolist()]),
+            "day_N": day_N,
+            "uploaded_N": self._uploaded(e.ts_ms[rows_N]),
+        }
+
+    def _sampled(self, rows_N: np.ndarray, seed: int) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        """(uniform negatives (X,), what the sampled softmax reads of them and of how often columns are drawn)."""
+        e, n = self.dataset.examples, len(rows_N)
+        video_row_N, day_N, ts_ms_N = e.video_row[rows_N], e.day[rows_N], e.ts_ms[rows_N]
+        negatives_X, like_X = self._draw_negatives(ts_ms_N, seed)
+        day_X, n_uniform = day_N[like_X], len(like_X)
+        return negatives_X, {
+            "log_draws_N": self._log_draws(video_row_N, day_N, ts_ms_N, n, n_uniform),
+            "log_draws_X": self._log_draws(negatives_X, day_X, ts_ms_N[like_X], n, n_uniform),
+            "extra_dense_XC": features_at(self.dataset, negatives_X, day_X, self._view_ms[day_X]),
+        }
+
     def _draw_negatives(self, ts_ms_N: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
         """(video rows (X,), target (X,) whose instant each is drawn for), among what was uploaded by that instant."""
         rng = np.random.default_rng(seed)
-        wanted = self.config.uniform_negatives if len(self._negatives) else 0
+        wanted = round(self.config.uniform_ratio * len(ts_ms_N)) if len(self._negatives) else 0
         like_X = rng.integers(0, len(ts_ms_N), wanted)
         return self._negatives[rng.integers(0, self._uploaded(ts_ms_N[like_X]))], like_X
 
     def _uploaded(self, ts_ms_M: np.ndarray) -> np.ndarray:
-        """(M,) how many videos a uniform draw at these instants chooses among."""
+        """(M,) int64: how many eligible videos there were at these instants, at least 1."""
         return np.maximum(np.searchsorted(self._uploads_ms, ts_ms_M, side="right"), 1)
 
-    def _log_draws(self, row_M: np.ndarray, day_M: np.ndarray, ts_ms_M: np.ndarray, n_positives: int) -> np.ndarray:
-        """Log of how often a video is expected among the negatives of a batch at its instant (M,) float32."""
-        draws_M = self.config.uniform_negatives / self._uploaded(ts_ms_M)
-        if self.config.in_batch_negatives:
-            draws_M = draws_M + n_positives * self._day_share.of_videos(day_M, row_M)
+    def _log_draws(
+        self, row_M: np.ndarray, day_M: np.ndarray, ts_ms_M: np.ndarray, n_positives: int, n_uniform: int
+    ) -> np.ndarray:
+        """Log of how often a video is expected among the draws of a batch at its instant (M,) float32."""
+        draws_M = n_uniform / self._uploaded(ts_ms_M) + n_positives * self._day_share.of_videos(day_M, row_M)
         return np.log(draws_M).astype(np.float32)
 
 

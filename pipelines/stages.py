@@ -25,7 +25,6 @@ from features.schema import SIGNALS
 from features.spec import Categorical
 from pipelines import ingest as ingestion
 from pipelines.adapters import Adapter
-from pipelines.baselines import popular_videos
 from pipelines.console import Stage
 from pipelines.evaluate_ranking import (
     evaluate_protocol,
@@ -34,7 +33,7 @@ from pipelines.evaluate_ranking import (
     reliability_points,
     score_examples,
 )
-from pipelines.evaluate_retrieval import evaluate_retrieval, popularity_recall, tower_recall
+from pipelines.evaluate_retrieval import evaluate_retrieval, popularity_lists, popularity_recall, tower_recall
 from pipelines.gate import GateError, Verdict, judge, passed, to_rows
 from pipelines.recipes import Split
 from pipelines.sharding import plan_table
@@ -129,7 +128,12 @@ def evaluate(ws: Workspace, stage: Stage, oracle: Oracle | None = None) -> dict:
         Towers.load(ws.towers),
         vectors,
         np.asarray(vectors.vectors_RD, dtype=np.float32),
-        _popularity(ws, dataset, events.filter(~pl.col("date").is_in(split.test))),
+        popularity_lists(
+            dataset,
+            events.filter(~pl.col("date").is_in(split.test)),
+            ws.recipe.retrieval_signal,
+            (*ws.recipe.popularity_baselines, None),
+        ),
         dates=split.test,
         signal=ws.recipe.retrieval_signal,
         ks=ws.recipe.recall_at,
@@ -261,17 +265,6 @@ def _ranking(
             progress=stage.progress,
         ),
     }
-
-
-def _popularity(ws: Workspace, dataset: Dataset, events: pl.DataFrame) -> dict[str, np.ndarray]:
-    """Lists of eligible video rows by positives of the retrieved signal, best first, by name of the list."""
-    lists = {}
-    for days in (*ws.recipe.popularity_baselines, None):
-        ids = popular_videos(events, ws.recipe.retrieval_signal, len(dataset.videos), days=days)
-        rows = dataset.videos.rows_of(ids)
-        name = "whole log" if days is None else f"last {days} day{'s' if days > 1 else ''}"
-        lists[f"popularity, {name}"] = rows[dataset.eligible[rows]]
-    return lists
 
 
 def _live_metrics(registry: Registry) -> dict | None:

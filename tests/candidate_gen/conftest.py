@@ -22,7 +22,7 @@ TOPICS, USERS, VIDEOS_N, EVENTS_PER_USER, DAY_MS = 5, 150, 300, 24, 86_400_000
 START_MS = 1_767_225_600_000
 DATES = ("2026-01-01", "2026-01-02", "2026-01-03", "2026-01-04")
 CONFIG = TowerConfig(
-    dim=18, embedding_dim=8, hidden=32, layers=1, heads=2, dropout=0.0, uniform_negatives=64, window_stride=8
+    dim=18, embedding_dim=8, hidden=32, layers=1, heads=2, dropout=0.0, full_softmax_up_to=0, window_stride=8
 )
 
 

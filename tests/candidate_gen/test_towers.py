@@ -47,7 +47,7 @@ def target_vectors(task: TowersTask, towers: Towers, units: np.ndarray) -> tuple
     t = {name: torch.from_numpy(array) for name, array in collated.targets.items()}
     with torch.inference_mode():
         video_UD = model.encode_videos(batch.video, batch.video_dense_UD)
-        users = model.encode_users(batch, video_UD, batch.owner_N, t["position_N"], t["surface_N"], t["gap_N"])
+        users = model.encode_users(batch, video_UD, batch.owner_N, t["position_N"], t["surface_N"])
         users = model.place_users(users)
     return users.numpy(), collated.targets["position_N"]
 

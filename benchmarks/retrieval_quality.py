@@ -86,6 +86,7 @@ def variants(base: TowerConfig, n_eligible: int) -> dict[str, TowerConfig]:
     if n_eligible <= base.full_softmax_up_to:
         made["sampled softmax"] = sampled
     made["sampled, logQ off"] = replace(sampled, correct_sampling=False)
+    made["sampled, logQ from a stream"] = replace(sampled, frequencies="streaming")
     made["sampled, uniform negatives off"] = replace(sampled, uniform_ratio=0.0)
     made["content off"] = replace(base, content=False)
     made["id dropout off"] = replace(base, id_dropout=0.0)

@@ -69,6 +69,9 @@ class TowerConfig:
     """Negatives drawn uniformly for each in-batch one (the positives of the batch's other users)."""
     correct_sampling: bool = True
     """logQ: weigh negatives by how often they are drawn. Off, popular videos are pushed down."""
+    frequencies: str = "day"
+    """What logQ takes for that: "day", a count of the video's day, or "streaming", a moving average that needs no look
+    ahead, for logs that are trained on as they come."""
     window_stride: int = 50
     """Training windows of one user begin this many events apart; a target then sees at least history - stride."""
 
@@ -81,6 +84,8 @@ class TowerConfig:
             raise ValueError(f"TowerConfig.encoder {self.encoder!r}: choose from {', '.join(LAYERS)} and none")
         if self.inner_dim < 1 or self.inner_dim % self.heads:
             raise ValueError(f"TowerConfig.dim {self.dim} less 2 is not a multiple of heads {self.heads}")
+        if self.frequencies not in ("day", "streaming"):
+            raise ValueError(f"TowerConfig.frequencies {self.frequencies!r}: choose day or streaming")
         if self.uniform_ratio < 0:
             raise ValueError(f"TowerConfig.uniform_ratio is {self.uniform_ratio}, it must not be below 0")
         if self.prior_bound <= 0:

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
+from candidate_gen.frequency import DayShare, StreamingShare
 from candidate_gen.model import TowerConfig, TowerSizes, TowersModel
 from features.dataset import Dataset
 from features.inputs import Collated, UserRows, age_features, assemble
@@ -57,7 +58,8 @@ class TowersTask:
         validation = target_examples(dataset, config, validation_dates)
         self._train = cut_windows(dataset, config, train)
         self._validation = cut_windows(dataset, config, validation)
-        self._day_share = DayShare.of(dataset, np.concatenate([train, validation]))
+        frequencies = StreamingShare if config.frequencies == "streaming" else DayShare
+        self._frequencies = frequencies.of(dataset, np.concatenate([train, validation]))
         eligible = np.flatnonzero(dataset.eligible)
         self._negatives = eligible[np.argsort(dataset.upload_ts_ms[eligible], kind="stable")]
         self._uploads_ms = np.asarray(dataset.upload_ts_ms[self._negatives])
@@ -158,32 +160,8 @@ class TowersTask:
         self, row_M: np.ndarray, day_M: np.ndarray, ts_ms_M: np.ndarray, n_positives: int, n_uniform: int
     ) -> np.ndarray:
         """Log of how often a video is expected among the draws of a batch at its instant (M,) float32."""
-        draws_M = n_uniform / self._uploaded(ts_ms_M) + n_positives * self._day_share.of_videos(day_M, row_M)
-        return np.log(draws_M).astype(np.float32)
-
-
-@dataclass(frozen=True, slots=True)
-class DayShare:
-    """How a day's positives spread over videos: in-batch negatives of that day are drawn so. A video lives for days, so
-    its share of the whole log would count it as rarer than it is while it is fresh."""
-
-    key: np.ndarray
-    """Sorted day * videos + row."""
-    share: np.ndarray
-    n_videos: int
-
-    @classmethod
-    def of(cls, dataset: Dataset, target: np.ndarray) -> DayShare:
-        """Count these positives (rows of `Dataset.examples`)."""
-        n_videos, day = len(dataset.videos) + 1, dataset.examples.day[target]
-        key, count = np.unique(day * n_videos + dataset.examples.video_row[target], return_counts=True)
-        return cls(key, count / np.bincount(day)[key // n_videos], n_videos)
-
-    def of_videos(self, day_M: np.ndarray, row_M: np.ndarray) -> np.ndarray:
-        """(M,) share of the day's positives; 0 for a video without any."""
-        wanted_M = day_M * self.n_videos + row_M
-        at_M = np.minimum(np.searchsorted(self.key, wanted_M), len(self.key) - 1)
-        return np.where(self.key[at_M] == wanted_M, self.share[at_M], 0.0)
+        in_batch_M = n_positives * self._frequencies.share(row_M, day_M, ts_ms_M)
+        return np.log(n_uniform / self._uploaded(ts_ms_M) + in_batch_M).astype(np.float32)
 
 
 def features_at(

@@ -7,10 +7,9 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from candidate_gen.train import DayShare, features_at, index_instant, target_examples
+from candidate_gen.train import features_at, index_instant
 from features.counters import WIDTH_PER_KEY
 from features.inputs import age_features
-from features.schema import SIGNALS
 
 DAY_MS = 86_400_000
 LAST_DAY = ("2026-01-04",)
@@ -104,15 +103,3 @@ def test_a_negative_is_drawn_only_for_instants_after_its_upload(uploads) -> None
     could = np.flatnonzero(d.eligible & (d.upload_ts_ms <= np.quantile(ts_ms, 0.5)))
     assert len(every) > 200
     assert np.isin(could, every).all()
-
-
-def test_a_days_share_is_the_share_of_that_days_positives(uploads) -> None:
-    d, e = uploads.dataset, uploads.dataset.examples
-    share = DayShare.of(d, target_examples(d, uploads.task.config, d.dates))
-    day_two = d.rows_on(d.dates[1:2])
-    positive = day_two[e.signals[day_two, SIGNALS.index("long_view")] == 1]
-    row = int(e.video_row[positive[0]])
-    expected = (e.video_row[positive] == row).sum() / len(positive)
-    assert share.of_videos(np.array([1, 1]), np.array([row, 0])).tolist() == [expected, 0.0]
-    rows = np.arange(len(d.videos) + 1)
-    assert abs(share.of_videos(np.full(len(rows), 2), rows).sum() - 1) < 1e-9

@@ -1,6 +1,6 @@
 """How often a positive video is drawn as another row's negative: the frequencies that logQ divides by.
 
-M (video, instant) pairs, T targets (positive impressions). A video lives for days, so its share of the whole log would
+M (video, instant) pairs, T positive impressions. A video lives for days, so its share of the whole log would
 count it as rarer than it is while it is fresh; both estimates therefore know the instant.
 """
 
@@ -10,8 +10,6 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
-
-from features.dataset import Dataset
 
 
 class Frequencies(Protocol):
@@ -27,20 +25,19 @@ class DayShare:
     """The video's share of the day's positives, counted: exact, where the whole day lies before the trainer."""
 
     key: np.ndarray
-    """Sorted day * videos + row."""
+    """Sorted (day + 1) * videos + row."""
     counted: np.ndarray
-    n_videos: int
+    n_rows: int
 
     @classmethod
-    def of(cls, dataset: Dataset, target: np.ndarray) -> DayShare:
-        """Count these positives (rows of `Dataset.examples`)."""
-        n_videos, day = len(dataset.videos) + 1, dataset.examples.day[target]
-        key, count = np.unique(day * n_videos + dataset.examples.video_row[target], return_counts=True)
-        return cls(key, count / np.bincount(day)[key // n_videos], n_videos)
+    def of(cls, row_T: np.ndarray, day_T: np.ndarray, ts_ms_T: np.ndarray, n_rows: int) -> DayShare:
+        """Count these positives of videos 0 .. n_rows-1; day -1 is all the time before the log."""
+        key, count = np.unique((day_T + 1) * n_rows + row_T, return_counts=True)
+        return cls(key, count / np.bincount(day_T + 1)[key // n_rows], n_rows)
 
     def share(self, row_M: np.ndarray, day_M: np.ndarray, ts_ms_M: np.ndarray) -> np.ndarray:
         """As `Frequencies`."""
-        wanted_M = day_M * self.n_videos + row_M
+        wanted_M = (day_M + 1) * self.n_rows + row_M
         at_M = np.minimum(np.searchsorted(self.key, wanted_M), len(self.key) - 1)
         return np.where(self.key[at_M] == wanted_M, self.counted[at_M], 0.0)
 
@@ -65,15 +62,14 @@ class StreamingShare:
     span_ms: int
 
     @classmethod
-    def of(cls, dataset: Dataset, target: np.ndarray) -> StreamingShare:
-        """Stream these positives in order of time. A video's first gap is unknown: it counts as one like any other's,
-        as many positives as there are videos."""
-        e, n_videos = dataset.examples, len(dataset.videos)
-        by_time = target[np.argsort(e.ts_ms[target], kind="stable")]
-        place = np.argsort(e.video_row[by_time], kind="stable")  # in the stream; by video, then time
-        row, ts_ms = e.video_row[by_time][place], e.ts_ms[by_time][place]
+    def of(cls, row_T: np.ndarray, day_T: np.ndarray, ts_ms_T: np.ndarray, n_rows: int) -> StreamingShare:
+        """Stream these positives in order of time. A video's first gap is unknown: it counts as long as if all n_rows
+        videos came equally often."""
+        by_time = np.argsort(ts_ms_T, kind="stable")
+        place = np.argsort(row_T[by_time], kind="stable")  # in the stream; by video, then time
+        row, ts_ms = row_T[by_time][place], ts_ms_T[by_time][place]
         nth = np.arange(len(row)) - np.searchsorted(row, row)
-        gap = np.full(len(row), float(n_videos))
+        gap = np.full(len(row), float(n_rows))
         for n in range(1, int(nth.max()) + 1):
             at = np.flatnonzero(nth == n)
             gap[at] = (1 - RATE) * gap[at - 1] + RATE * (place[at] - place[at - 1])

@@ -44,8 +44,8 @@ class TowerConfig:
     hidden: int = 256
     """Width of the hidden layer in either tower's MLP."""
     encoder: str = "ligr"
-    """Over the history: a kind of `candidate_gen.encoder`, or "none", where a user is the mean of the events' tokens
-    (as in Covington et al., RecSys 2016), whatever their order and times."""
+    """Over the history, beside the mean of its events' tokens (as in Covington et al., RecSys 2016): a kind of
+    `candidate_gen.encoder`, or "none" for the mean alone, whatever the events' order and times."""
     layers: int = 2
     """Of the encoder; "none" has no layers, heads or dropout."""
     heads: int = 2
@@ -281,7 +281,8 @@ class JoinedFeatures(nn.Module):
 
 
 class HistoryEncoder(nn.Module):
-    """Tokens of a start and L events, and what reads them in order; state p has seen events 0 .. p-1."""
+    """Tokens of a start and L events, and two readings of them, added: their running mean, which holds a steady taste,
+    and a sequence encoder, which holds order and time. State p has seen events 0 .. p-1."""
 
     def __init__(self, config: TowerConfig, history_length: int) -> None:
         super().__init__()
@@ -290,9 +291,9 @@ class HistoryEncoder(nn.Module):
         self.video = nn.Linear(dim, dim)
         self.feedback = nn.Linear(FEEDBACK, dim)
         self.regard = nn.Linear(FEEDBACK, dim)
-        if config.encoder == "none":
-            self.encoder = RunningMean(dim)
-        else:
+        self.mean_norm = nn.LayerNorm(dim)
+        self.encoder = None
+        if config.encoder != "none":
             sequence = EncoderConfig(
                 kind=config.encoder,  # pyright: ignore[reportArgumentType]
                 dim=dim,
@@ -318,20 +319,12 @@ class HistoryEncoder(nn.Module):
         regard_BLE = 2 * torch.tanh(self.regard(feedback_BLF))
         event_BLE = self.video(video_BLE) * regard_BLE + self.feedback(feedback_BLF)
         start_B1E = self.start_E.expand(len(event_BLE), 1, -1)
-        return self.encoder(torch.cat([start_B1E, event_BLE], dim=1), event_ms_BP, asked_ms_BP)
-
-
-class RunningMean(nn.Module):
-    """The mean of the tokens so far, normed: what is left of a history without a sequence encoder."""
-
-    def __init__(self, dim: int) -> None:
-        super().__init__()
-        self.norm = nn.LayerNorm(dim)
-
-    def forward(self, event_BPE: torch.Tensor, event_ms_BP: torch.Tensor, asked_ms_BP: torch.Tensor) -> torch.Tensor:
-        """(B, P, E), for the same arguments as a `SequenceEncoder`; the times are not looked at."""
-        count_P1 = torch.arange(1, event_BPE.shape[1] + 1, device=event_BPE.device).unsqueeze(1)
-        return self.norm(event_BPE.cumsum(dim=1) / count_P1)
+        token_BPE = torch.cat([start_B1E, event_BLE], dim=1)
+        count_P1 = torch.arange(1, token_BPE.shape[1] + 1, device=token_BPE.device).unsqueeze(1)
+        state_BPE = self.mean_norm(token_BPE.cumsum(dim=1) / count_P1)
+        if self.encoder is not None:
+            state_BPE = state_BPE + self.encoder(token_BPE, event_ms_BP, asked_ms_BP)
+        return state_BPE
 
 
 def _embeddings(tables: tuple[tuple[str, int], ...], dim: int) -> EmbeddingBagCollection:

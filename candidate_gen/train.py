@@ -11,7 +11,7 @@ serves every target of its window:
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from candidate_gen.frequency import DayShare, StreamingShare
 from candidate_gen.model import TowerConfig, TowerSizes, TowersModel
 from features.dataset import Dataset
+from features.history import UNDATED_TS_MS
 from features.inputs import Collated, UserRows, age_features, assemble
 from features.schema import SIGNALS
 
@@ -29,16 +30,62 @@ FORMAT = 3
 
 
 @dataclass(frozen=True, slots=True)
+class Targets:
+    """T positive impressions of known users and videos. Those that precede the log, without a time, count as shown
+    just before its first instant; they are worth training on: on KuaiRand there are ten for each dated one."""
+
+    user_row: np.ndarray
+    video_row: np.ndarray
+    history_end: np.ndarray
+    """Position in the history log one past the last event before it."""
+    asked_ms: np.ndarray
+    """When its request was; UNDATED_TS_MS where that is unknown."""
+    day: np.ndarray
+    """Index into `Dataset.dates`; -1 for the time before the log."""
+    surface: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.user_row)
+
+    @classmethod
+    def dated(cls, dataset: Dataset, config: TowerConfig, dates: tuple[str, ...]) -> Targets:
+        """Those of these dates."""
+        e, rows = dataset.examples, dataset.rows_on(dates)
+        columns = [SIGNALS.index(signal) for signal in config.positives]
+        positive = (np.nan_to_num(e.signals[rows][:, columns]) > 0).any(axis=1)
+        at = rows[positive & (e.video_row[rows] > 0) & (e.user_row[rows] > 0)]
+        return cls(e.user_row[at], e.video_row[at], e.history_end[at], e.ts_ms[at], e.day[at], e.surface[at])
+
+    @classmethod
+    def undated(cls, dataset: Dataset, config: TowerConfig) -> Targets:
+        """Those before the log."""
+        log = dataset.history
+        mask = sum(1 << SIGNALS.index(signal) for signal in config.positives)
+        known = (np.asarray(log.ts_ms) == UNDATED_TS_MS) & (np.asarray(log.video_row) > 0)
+        at = np.flatnonzero(known & ((np.asarray(log.signals) & mask) > 0))
+        user_row = np.searchsorted(log.user_start, at, side="right") - 1
+        nothing = np.zeros(len(at), np.int64)
+        return cls(user_row, log.video_row[at], at, nothing + UNDATED_TS_MS, nothing - 1, nothing)
+
+    def __add__(self, other: Targets) -> Targets:
+        return Targets(*(np.concatenate([getattr(self, f.name), getattr(other, f.name)]) for f in fields(self)))
+
+    def take(self, at: np.ndarray) -> Targets:
+        """The targets at these positions."""
+        return Targets(*(getattr(self, f.name)[at] for f in fields(self)))
+
+
+@dataclass(frozen=True, slots=True)
 class Windows:
-    """W windows; window w predicts the examples target[start[w]:start[w+1]]."""
+    """W windows; window w predicts the targets start[w] .. start[w+1]."""
 
     user_row: np.ndarray
     end: np.ndarray
     """(W,) position in the history log one past the window's last event; the window holds the L events before."""
     start: np.ndarray
-    """(W+1,) offsets into `target`."""
-    target: np.ndarray
-    """Examples (rows of `Dataset.examples`), by user and time."""
+    """(W+1,) offsets into `targets`."""
+    targets: Targets
+    """By user and time."""
 
 
 class TowersTask:
@@ -50,20 +97,21 @@ class TowersTask:
         self, dataset: Dataset, config: TowerConfig, train_dates: tuple[str, ...], validation_dates: tuple[str, ...]
     ) -> None:
         self.dataset, self.config = dataset, config
-        train = target_examples(dataset, config, train_dates)
+        train = Targets.undated(dataset, config) + Targets.dated(dataset, config, train_dates)
         if not len(train):
             raise ValueError(
                 f"no impression on {train_dates} has any of {config.positives}: nothing to train towers on"
             )
-        validation = target_examples(dataset, config, validation_dates)
+        validation = Targets.dated(dataset, config, validation_dates)
         self._train = cut_windows(dataset, config, train)
         self._validation = cut_windows(dataset, config, validation)
+        self._view_ms = view_instants(dataset)
         frequencies = StreamingShare if config.frequencies == "streaming" else DayShare
-        self._frequencies = frequencies.of(dataset, np.concatenate([train, validation]))
+        both = train + validation
+        self._frequencies = frequencies.of(both.video_row, both.day, self._instants(both), len(dataset.videos) + 1)
         eligible = np.flatnonzero(dataset.eligible)
         self._negatives = eligible[np.argsort(dataset.upload_ts_ms[eligible], kind="stable")]
         self._uploads_ms = np.asarray(dataset.upload_ts_ms[self._negatives])
-        self._view_ms = view_instants(dataset)
         self.exact = 0 < len(eligible) <= config.full_softmax_up_to
         self._catalogue_dense: dict[int, np.ndarray] = {}
 
@@ -83,30 +131,28 @@ class TowersTask:
         """One batch of windows; the seed draws its uniform negatives."""
         n_train = len(self._train.end)
         parts = [_take(self._train, units[units < n_train]), _take(self._validation, units[units >= n_train] - n_train)]
-        user_row_B, end_B, count_B, rows_N = (np.concatenate(column) for column in zip(*parts, strict=True))
-        owner_N = np.repeat(np.arange(len(end_B)), count_B)
-        e, data = self.dataset.examples, self.dataset
+        user_row_B, end_B, count_B = (np.concatenate(column) for column in list(zip(*parts, strict=True))[:3])
+        t = parts[0][3] + parts[1][3]
+        owner_N, data = np.repeat(np.arange(len(end_B)), count_B), self.dataset
         history = data.history.windows(user_row_B, end_B, data.encoder.spec.history_length)
-        video_row_N, day_N = e.video_row[rows_N], e.day[rows_N]
-        extra_rows_X, columns = self._exact(rows_N) if self.exact else self._sampled(rows_N, seed)
+        extra_rows_X, columns = self._exact(t) if self.exact else self._sampled(t, seed)
         inputs = assemble(
             user=UserRows.take(data.users, user_row_B),
             user_counters_BC=np.zeros((len(end_B), 0), np.float32),
             surface_B=np.zeros(len(end_B), np.int64),
-            now_ms_B=e.ts_ms[rows_N[np.cumsum(count_B) - 1]],  # a window ends where its last target asks
+            now_ms_B=t.asked_ms[np.cumsum(count_B) - 1],  # a window ends where its last target asks
             history=history,
             videos=data.videos,
-            candidate_rows_N=video_row_N,
+            candidate_rows_N=t.video_row,
             owner_N=owner_N,
-            candidate_counters_NC=np.zeros((len(rows_N), 0), np.float32),
-            candidate_upload_ts_ms_N=data.upload_ts_ms[video_row_N],
-            slot_N=np.zeros(len(rows_N), np.int64),
+            candidate_counters_NC=np.zeros((len(t), 0), np.float32),
+            candidate_upload_ts_ms_N=data.upload_ts_ms[t.video_row],
+            slot_N=np.zeros(len(t), np.int64),
             extra_rows_X=extra_rows_X,
         )
-        position_N = e.history_end[rows_N] - (end_B - history.length_B)[owner_N]
-        # Age and counters as the index of the target's day has them, which is made once, at the day's first instant.
-        at_view_NC = features_at(data, video_row_N, day_N, self._view_ms[day_N])
-        targets = {"position_N": position_N, "surface_N": e.surface[rows_N], **columns}
+        position_N = t.history_end - (end_B - history.length_B)[owner_N]
+        targets = {"position_N": position_N, "surface_N": t.surface, **columns}
+        at_view_NC = self._features(t.video_row, t.day)
         return Collated(replace(inputs, candidate_dense_NC=at_view_NC), targets)
 
     def export(self, state: dict[str, torch.Tensor], folder: Path) -> None:
@@ -121,28 +167,37 @@ class TowersTask:
         }
         (folder / "towers.json").write_text(json.dumps(described, indent=2, sort_keys=True))
 
-    def _exact(self, rows_N: np.ndarray) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    def _features(self, rows_M: np.ndarray, day_M: np.ndarray) -> np.ndarray:
+        """(M, C) age and counters as the index of the day has them, which is made once, at the day's first instant;
+        before the log, that of its first day."""
+        day_M = np.maximum(day_M, 0)
+        return features_at(self.dataset, rows_M, day_M, self._view_ms[day_M])
+
+    def _instants(self, t: Targets) -> np.ndarray:
+        """(T,) int64."""
+        return np.where(t.day < 0, self._view_ms[0] - 1, t.asked_ms)
+
+    def _exact(self, t: Targets) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         """(all eligible videos by upload time (X,), what the exact softmax reads of them at the targets' instants)."""
-        e, catalogue_X = self.dataset.examples, self._negatives
-        days, day_N = np.unique(e.day[rows_N], return_inverse=True)
+        catalogue_X = self._negatives
+        days, day_N = np.unique(np.maximum(t.day, 0), return_inverse=True)
         for day in set(days.tolist()) - self._catalogue_dense.keys():
-            self._catalogue_dense[day] = features_at(self.dataset, catalogue_X, day, self._view_ms[day])
+            self._catalogue_dense[day] = self._features(catalogue_X, np.full(len(catalogue_X), day))
         return catalogue_X, {
             "catalogue_dense_GXC": np.stack([self._catalogue_dense[day] for day in days.tolist()]),
             "day_N": day_N,
-            "uploaded_N": self._uploaded(e.ts_ms[rows_N]),
+            "uploaded_N": self._uploaded(self._instants(t)),
         }
 
-    def _sampled(self, rows_N: np.ndarray, seed: int) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    def _sampled(self, t: Targets, seed: int) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         """(uniform negatives (X,), what the sampled softmax reads of them and of how often columns are drawn)."""
-        e, n = self.dataset.examples, len(rows_N)
-        video_row_N, day_N, ts_ms_N = e.video_row[rows_N], e.day[rows_N], e.ts_ms[rows_N]
-        negatives_X, like_X = self._draw_negatives(ts_ms_N, seed)
-        day_X, n_uniform = day_N[like_X], len(like_X)
+        instant_N = self._instants(t)
+        negatives_X, like_X = self._draw_negatives(instant_N, seed)
+        counts = (len(t), len(like_X))
         return negatives_X, {
-            "log_draws_N": self._log_draws(video_row_N, day_N, ts_ms_N, n, n_uniform),
-            "log_draws_X": self._log_draws(negatives_X, day_X, ts_ms_N[like_X], n, n_uniform),
-            "extra_dense_XC": features_at(self.dataset, negatives_X, day_X, self._view_ms[day_X]),
+            "log_draws_N": self._log_draws(t.video_row, t.day, instant_N, *counts),
+            "log_draws_X": self._log_draws(negatives_X, t.day[like_X], instant_N[like_X], *counts),
+            "extra_dense_XC": self._features(negatives_X, t.day[like_X]),
         }
 
     def _draw_negatives(self, ts_ms_N: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -191,29 +246,20 @@ def index_instant(dataset: Dataset, test_dates: tuple[str, ...]) -> tuple[int, i
     return day, int(view_instants(dataset)[day])
 
 
-def target_examples(dataset: Dataset, config: TowerConfig, dates: tuple[str, ...]) -> np.ndarray:
-    """Positive impressions of known users and videos on these dates (rows of `Dataset.examples`)."""
-    rows = dataset.rows_on(dates)
-    e = dataset.examples
-    columns = [SIGNALS.index(signal) for signal in config.positives]
-    positive = (np.nan_to_num(e.signals[rows][:, columns]) > 0).any(axis=1)
-    return rows[positive & (e.video_row[rows] > 0) & (e.user_row[rows] > 0)]
-
-
-def cut_windows(dataset: Dataset, config: TowerConfig, target: np.ndarray) -> Windows:
+def cut_windows(dataset: Dataset, config: TowerConfig, targets: Targets) -> Windows:
     """Group targets into windows: those whose histories end within the same stride of a user's log share one."""
-    e, length = dataset.examples, dataset.encoder.spec.history_length
-    target = target[np.lexsort((e.history_end[target], e.user_row[target]))]
-    user_row, end = e.user_row[target], e.history_end[target]
+    length = dataset.encoder.spec.history_length
+    targets = targets.take(np.lexsort((targets.history_end, targets.user_row)))
+    user_row, end = targets.user_row, targets.history_end
     block = (end - dataset.history.user_start[user_row]) // min(config.window_stride, length)
     first = np.flatnonzero(np.diff(user_row, prepend=-1).astype(bool) | np.diff(block, prepend=-1).astype(bool))
-    start = np.append(first, len(target))
-    return Windows(user_row=user_row[first], end=end[start[1:] - 1], start=start, target=target)
+    start = np.append(first, len(targets))
+    return Windows(user_row=user_row[first], end=end[start[1:] - 1], start=start, targets=targets)
 
 
-def _take(windows: Windows, at: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+def _take(windows: Windows, at: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, Targets]:
     """(user rows, ends, targets a window, targets) of the windows `at`."""
     count_B = windows.start[at + 1] - windows.start[at]
     ahead_B = np.cumsum(count_B) - count_B
     offsets = np.arange(count_B.sum()) + np.repeat(windows.start[at] - ahead_B, count_B)
-    return windows.user_row[at], windows.end[at], count_B, windows.target[offsets]
+    return windows.user_row[at], windows.end[at], count_B, windows.targets.take(offsets)

@@ -18,6 +18,7 @@ from features.batch import to_batch
 from features.dataset import Dataset
 from features.history import HistoryLog
 from features.inputs import Inputs, UserRows, assemble
+from features.schema import SIGNALS
 
 DATES = ("2026-01-01", "2026-01-02", "2026-01-03", "2026-01-04")
 
@@ -132,7 +133,7 @@ def test_changing_events_at_or_after_a_target_changes_nothing_before_it(planted,
     )
     other = TowersTask(replace(d, history=changed), task.config, DATES[:3], DATES[3:])
     after, _ = target_vectors(other, towers, units)
-    ts_ms = e.ts_ms[task._train.target]
+    ts_ms = task._train.targets.asked_ms
     assert position.max() > 0
     assert (ts_ms <= cut_ms).sum() > 100
     assert np.allclose(vectors[ts_ms <= cut_ms], after[ts_ms <= cut_ms], atol=1e-6)
@@ -144,7 +145,7 @@ def test_events_of_one_instant_do_not_see_each_other(planted) -> None:
     e, task = planted.dataset.examples, planted.task
     collated = task.collate(task.train_units(), seed=0)
     start_ms = e.ts_ms.min()
-    at_start = e.ts_ms[task._train.target] == start_ms
+    at_start = task._train.targets.asked_ms == start_ms
     assert at_start.sum() > 20
     assert (collated.targets["position_N"][at_start] == 0).all()
 
@@ -155,7 +156,9 @@ def test_training_and_serving_compute_the_same_user_vector(planted, encoder: str
     task = TowersTask(d, replace(planted.task.config, encoder=encoder), DATES[:3], DATES[3:])
     towers = scattered_towers(task)
     vectors, held = target_vectors(task, towers, task.validation_units())
-    rows, e = task._validation.target, d.examples
+    e, rows = d.examples, d.rows_on(DATES[3:])
+    rows = rows[e.signals[rows, SIGNALS.index("long_view")] == 1]
+    rows = rows[np.lexsort((e.history_end[rows], e.user_row[rows]))]  # as the windows hold them
     served = towers.user_vectors(d.inputs(rows))
     # A window of training may hold up to `stride` events less than the L that serving sees.
     available = e.history_end[rows] - d.history.user_start[e.user_row[rows]]
@@ -246,10 +249,10 @@ def test_every_positive_impression_of_the_dates_is_a_target_once_and_only_eligib
 
 
 def test_the_full_softmax_trains_the_very_scores_that_the_index_ranks_by(planted) -> None:
-    d, e = planted.dataset, planted.dataset.examples
+    d = planted.dataset
     exact = TowersTask(d, replace(planted.task.config, full_softmax_up_to=300), DATES[:3], DATES[3:])
     units = exact.validation_units()[:40]
-    collated, target = exact.collate(units, seed=0), exact._validation.target[: exact._validation.start[40]]
+    collated, t = exact.collate(units, seed=0), exact._validation.targets
     model = planted.towers._model
     with torch.inference_mode():
         targets = {name: torch.from_numpy(array) for name, array in collated.targets.items()}
@@ -258,10 +261,10 @@ def test_the_full_softmax_trains_the_very_scores_that_the_index_ranks_by(planted
     scale = np.sqrt(2 * (1 + model.config.prior_bound**2)) / model.config.temperature  # products are cosines over this
     scores = scale * users @ vectors_of(planted.towers, d, np.arange(len(d.videos) + 1)).T
     losses = []
-    for n, example in enumerate(target):
-        own = e.video_row[target[e.user_row[target] == e.user_row[example]]]
+    for n in range(exact._validation.start[40]):
+        own = t.video_row[: len(scores)][t.user_row[: len(scores)] == t.user_row[n]]
         others = np.setdiff1d(np.flatnonzero(d.eligible), own)
-        positive = scores[n, e.video_row[example]]
+        positive = scores[n, t.video_row[n]]
         losses.append(np.log(np.exp(positive) + np.exp(scores[n, others]).sum()) - positive)
     assert len(losses) > 40
     assert abs(found - np.mean(losses)) < 1e-4

@@ -3,22 +3,15 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import pytest
 
 from candidate_gen.frequency import RATE, DayShare, StreamingShare
-from features.dataset import Dataset
 
 DAY_MS = 86_400_000
 VIDEOS = 20
-
-
-def log_of(video_row: np.ndarray, ts_ms: np.ndarray) -> Dataset:
-    """As much of a dataset as frequencies read."""
-    examples = SimpleNamespace(video_row=video_row, ts_ms=ts_ms, day=ts_ms // DAY_MS)
-    return cast(Dataset, SimpleNamespace(examples=examples, videos=np.zeros(VIDEOS)))
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +28,7 @@ def drifting() -> Any:
 
 def test_a_days_share_is_the_share_of_that_days_positives(drifting) -> None:
     d = drifting
-    day = DayShare.of(log_of(d.row, d.ts_ms), np.arange(len(d.row)))
+    day = DayShare.of(d.row, d.ts_ms // DAY_MS, d.ts_ms, VIDEOS + 1)
     for wanted in (0, 1):
         of_day = d.row[d.ts_ms // DAY_MS == wanted]
         expected = [(of_day == row).mean() for row in range(VIDEOS + 1)]
@@ -47,7 +40,7 @@ def test_a_days_share_is_the_share_of_that_days_positives(drifting) -> None:
 def test_the_streams_average_gap_is_the_recursion_of_its_paper() -> None:
     # Video 3 at places 0, 2 and 5 of the stream, video 7 elsewhere: gaps unknown (20, the videos), 2, 3.
     row, ts_ms = np.array([3, 7, 3, 7, 7, 3]), np.arange(6) * 1000
-    stream = StreamingShare.of(log_of(row, ts_ms), np.arange(6))
+    stream = StreamingShare.of(row, ts_ms * 0, ts_ms, VIDEOS)
     after_two = (1 - RATE) * 20 + RATE * 2
     after_three = (1 - RATE) * after_two + RATE * 3
     asked_ms = np.array([0, 1999, 2000, 5000, 9000, 5000])
@@ -59,7 +52,7 @@ def test_the_streams_average_gap_is_the_recursion_of_its_paper() -> None:
 
 def test_the_streams_share_comes_near_the_truth_and_follows_when_it_changes(drifting) -> None:
     d, rows = drifting, np.arange(1, VIDEOS + 1)
-    stream = StreamingShare.of(log_of(d.row, d.ts_ms), np.arange(len(d.row)))
+    stream = StreamingShare.of(d.row, d.ts_ms * 0, d.ts_ms, VIDEOS + 1)
     for day, truth in ((0, d.share), (1, d.share[::-1])):
         instants = np.linspace((day + 0.5) * DAY_MS, (day + 1) * DAY_MS - 1, 50).astype(np.int64)
         found = np.mean([stream.share(rows, rows * 0, np.full(VIDEOS, ms)) for ms in instants], axis=0)
@@ -71,6 +64,7 @@ def test_deleting_the_future_changes_no_streamed_share(drifting) -> None:
     d, now_ms = drifting, DAY_MS + DAY_MS // 3
     rows = np.arange(1, VIDEOS + 1)
     asked = (rows, rows * 0, np.full(VIDEOS, now_ms))
-    whole = StreamingShare.of(log_of(d.row, d.ts_ms), np.arange(len(d.row)))
-    past = StreamingShare.of(log_of(d.row, d.ts_ms), np.flatnonzero(d.ts_ms <= now_ms))
+    whole = StreamingShare.of(d.row, d.ts_ms * 0, d.ts_ms, VIDEOS + 1)
+    past = d.ts_ms <= now_ms
+    past = StreamingShare.of(d.row[past], d.ts_ms[past] * 0, d.ts_ms[past], VIDEOS + 1)
     assert np.array_equal(whole.share(*asked), past.share(*asked))

@@ -234,6 +234,45 @@ def replay(
 
 
 @app.command()
+def sequential(
+    data: Annotated[
+        Path, typer.Option("--data", help="Interactions: Parquet, CSV, TSV, MovieLens' ratings.dat or S3-Rec's lines.")
+    ],
+    recipe: Annotated[str, typer.Option("--recipe", help="ml-1m, amazon-beauty or kuairand-pure.")] = "ml-1m",
+    user: Annotated[str | None, typer.Option("--user", help="Column of users. Default: the recipe's.")] = None,
+    item: Annotated[str | None, typer.Option("--item", help="Column of items.")] = None,
+    order: Annotated[str | None, typer.Option("--order", help="Column to sort by; '' keeps the file's order.")] = None,
+    where: Annotated[str | None, typer.Option("--where", help="COLUMN=VALUE: other rows are left out.")] = None,
+    overrides: Overrides = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Train so many seeds; mean and spread are reported.")] = 1,
+    out: Annotated[
+        Path | None, typer.Option("--run", help="Folder of the run. Default: runs/sequential-RECIPE.")
+    ] = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Start over instead of going on from the last epoch.")] = False,
+    validation_only: Annotated[
+        bool, typer.Option("--validation-only", help="Leave the test items unscored, to choose settings by.")
+    ] = False,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    json_out: Annotated[Path | None, typer.Option("--json", help="Also write the result here.")] = None,
+) -> None:
+    """Next-item prediction on a public benchmark: leave-one-out, exact ranking over the whole catalogue."""
+    import shutil
+
+    from pipelines.console import Stages, output
+    from pipelines.sequential.recipes import sequential_recipe
+    from pipelines.sequential.run import print_result, run_benchmark
+
+    chosen = sequential_recipe(recipe, tuple(overrides or ()), user=user, item=item, order=order, where=where)
+    folder = out or Path("runs") / f"sequential-{recipe}"
+    result = run_benchmark(
+        data, chosen, folder, Stages(), seeds=seeds, device=device, fresh=fresh, score_test=not validation_only
+    )
+    print_result(result, output())
+    if json_out is not None:
+        shutil.copyfile(folder / "result.json", json_out)
+
+
+@app.command()
 def report(run: Run) -> None:
     """Write the HTML report of a run again from its run.json."""
     import json
@@ -288,6 +327,7 @@ def _exit_code(error: Exception) -> int | None:
     from pipelines.gate import GateError
     from pipelines.ingest import IngestError
     from pipelines.replay_log import ReplayInputError
+    from pipelines.sequential.train import SequentialTrainingError
     from pipelines.train import TrainingError
     from serving.golden import GoldenError
 
@@ -295,7 +335,8 @@ def _exit_code(error: Exception) -> int | None:
         return EXIT_INPUT
     if isinstance(error, GateError):
         return EXIT_REFUSED
-    return EXIT_FAILED if isinstance(error, (ArtifactError, GoldenError, TrainingError, grpc.RpcError)) else None
+    failures = (ArtifactError, GoldenError, TrainingError, SequentialTrainingError, grpc.RpcError)
+    return EXIT_FAILED if isinstance(error, failures) else None
 
 
 def _message(error: Exception) -> str:

@@ -235,6 +235,8 @@ def custom() -> Recipe:
     )
 
 
+R = typing.TypeVar("R")
+
 RECIPES: dict[str, Callable[[], Recipe]] = {
     "world-tiny": world_tiny,
     "world-smoke": world_smoke,
@@ -249,12 +251,16 @@ def recipe(name: str, overrides: typing.Sequence[str] = ()) -> Recipe:
     """A named recipe with dotted overrides (`towers_train.epochs=3`); raises ValueError naming what is wrong."""
     if name not in RECIPES:
         raise ValueError(f"no recipe {name!r}; there are {', '.join(sorted(RECIPES))}")
-    chosen = RECIPES[name]()
-    for override in overrides:
-        path, separator, text = override.partition("=")
+    return override(RECIPES[name](), overrides)
+
+
+def override(chosen: R, overrides: typing.Sequence[str]) -> R:
+    """A configuration with dotted overrides (`towers_train.epochs=3`); raises ValueError naming what is wrong."""
+    for change in overrides:
+        path, separator, text = change.partition("=")
         if not separator:
-            raise ValueError(f"override {override!r}: write it as section.field=value")
-        chosen = _override(chosen, path.split("."), text, override)
+            raise ValueError(f"override {change!r}: write it as section.field=value")
+        chosen = _override(chosen, path.split("."), text, change)
     return chosen
 
 
@@ -285,6 +291,12 @@ def _parse(text: str, hint: Any, whole: str) -> Any:
         value = text
     if isinstance(value, list):
         value = tuple(value)
+    if typing.get_origin(hint) is typing.Literal:
+        if value not in typing.get_args(hint):
+            raise ValueError(f"override {whole!r}: choose from {', '.join(map(str, typing.get_args(hint)))}")
+        return value
+    if hint is str:  # "3" may be a name
+        return text
     allowed = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
     plain = tuple(typing.get_origin(kind) or kind for kind in allowed)
     if isinstance(value, int) and not isinstance(value, bool) and float in plain and int not in plain:

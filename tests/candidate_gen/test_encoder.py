@@ -134,7 +134,7 @@ def test_softmax_attention_is_what_plain_loops_say() -> None:
                 for j in range(i + 1):
                     other = attention.query_key_value(token[b, j])
                     key, value = other[8 + h * width :][:width], other[16 + h * width :][:width]
-                    bias = attention.bias.bias_HP[h, i - j] + attention.bias.bias_GH[gap[b, i, j], h]
+                    bias = attention.bias.bias_HP[h, i - j] + attention.bias.bias_HG[h, gap[b, i, j]]
                     scores.append(query @ key / width**0.5 + bias)
                     values.append(value)
                 share = torch.softmax(torch.stack(scores), dim=0)
@@ -162,7 +162,7 @@ def test_an_hstu_layer_is_what_plain_loops_say() -> None:
                 total = torch.zeros(width).double()
                 for j in range(i + 1):
                     value, query, key = made[j][8:][h * 4 :][:4], made[i][16:][h * 4 :][:4], made[j][24:][h * 4 :][:4]
-                    bias = layer.bias.bias_HP[h, i - j] + layer.bias.bias_GH[gap[b, i, j], h]
+                    bias = layer.bias.bias_HP[h, i - j] + layer.bias.bias_HG[h, gap[b, i, j]]
                     total = total + silu(query @ key + bias) * value
                 heads_out.append(total)
             expected = events[b, i] + layer.out(layer.seen_norm(torch.cat(heads_out)) * made[i][:8])

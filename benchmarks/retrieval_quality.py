@@ -35,6 +35,8 @@ from candidate_gen.infer import Towers
 from candidate_gen.model import TowerConfig
 from candidate_gen.train import TowersTask, features_at, index_instant
 from features.dataset import Dataset
+from features.history import UNDATED_TS_MS
+from features.schema import SIGNALS
 from pipelines.console import output
 from pipelines.evaluate_retrieval import (
     Queries,
@@ -108,6 +110,8 @@ def measure(
     for name, rows in popularity_lists(dataset, past, signal, POPULARITY_DAYS).items():
         scores.add(name, popular_top(rows, queries, max(ks)))
     day, now_ms = index_instant(dataset, dates)
+    if (np.asarray(dataset.history.ts_ms) == UNDATED_TS_MS).any():
+        scores.add("popularity, undated too", popular_top(_most_liked(dataset, signal, now_ms), queries, max(ks)))
     scores.add("co-visitation", covisit_top(dataset, queries, now_ms, max(ks)))
     yield figures
     for name, config in variants(ws.recipe.towers, scores.catalogue).items():
@@ -142,6 +146,14 @@ def covisit_top(dataset: Dataset, queries: Queries, before_ms: int, k: int) -> n
         best = best[score[best] > 0]
         top_QK[q, : len(best)] = rows[best]
     return top_QK
+
+
+def _most_liked(dataset: Dataset, signal: str, before_ms: int) -> np.ndarray:
+    """Eligible video rows by positives in all histories before an instant, those without a time among them."""
+    log = dataset.history
+    liked_M = (np.asarray(log.signals) >> SIGNALS.index(signal)) & (np.asarray(log.ts_ms) < before_ms)
+    counts_V = np.bincount(log.video_row, weights=liked_M, minlength=len(dataset.eligible)) * dataset.eligible
+    return np.argsort(-counts_V, kind="stable")[: np.count_nonzero(counts_V)]
 
 
 def trained(

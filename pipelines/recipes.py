@@ -194,9 +194,7 @@ def kuairand_pure() -> Recipe:
         name="kuairand-pure",
         spec=kuairand_spec(),
         split=SplitConfig(test_days=4, validation_days=1),
-        retrieval_signal="click",
         feed=FeedConfig(surfaces=tuple(f"tab{i}" for i in (1, 0, 2, 4, 5, 6, 3, 7, 8, 9, 10, 11, 12, 13, 14))),
-        towers=TowerConfig(positives=("click",)),
         towers_train=TrainConfig(epochs=8, batch_size=64, lr_dense=2e-3, patience=2),
         ranker=RankerConfig(
             embedding_dim=8,

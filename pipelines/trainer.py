@@ -72,8 +72,6 @@ class TrainConfig:
     """Decoupled, on dense matrices only (not on biases and norms)."""
     warmup_steps: int = 50
     """Both learning rates rise linearly over these steps."""
-    lr_end: float = 1.0
-    """And fall linearly, to this share of themselves after all epochs; 1 holds them."""
     patience: int = 2
     """Epochs without a better validation loss before stopping."""
     seed: int = 1
@@ -191,7 +189,6 @@ class _Run:
         self.checkpoints = Checkpoints(out_dir / "checkpoints")
         self.cursor = Cursor(recipe=self._recipe(), finished=config.epochs == 0)
         self.resumed_from_step = 0
-        self.planned_steps = config.epochs * len(self._training_steps())
 
     def resume(self) -> None:
         """Go on from the last checkpoint, if there is one."""
@@ -362,12 +359,11 @@ class _Run:
         return {name: total / units for name, total in sums.items()}
 
     def _set_learning_rates(self) -> None:
-        share = min(1.0, (self.cursor.steps_done + 1) / max(1, self.config.warmup_steps))
-        share *= 1 - (1 - self.config.lr_end) * min(1.0, self.cursor.steps_done / self.planned_steps)
+        warm = min(1.0, (self.cursor.steps_done + 1) / max(1, self.config.warmup_steps))
         for group in self.dense_optimizer.param_groups:
-            group["lr"] = self.config.lr_dense * share
+            group["lr"] = self.config.lr_dense * warm
         for group in self.model.fused_optimizer.param_groups:
-            cast("dict", group)["lr"] = self.config.lr_sparse * share
+            cast("dict", group)["lr"] = self.config.lr_sparse * warm
         self.model.fused_optimizer.step()  # hands the rate to the kernels; the tables move in backward
 
     def _tensors(self) -> dict[str, torch.Tensor]:

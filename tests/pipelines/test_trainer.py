@@ -13,7 +13,7 @@ from features.dataset import Dataset
 from pipelines.batches import ahead, training_steps, validation_steps
 from pipelines.checkpoint import Checkpoints, read_cursor, read_unsharded
 from pipelines.sharding import plan_table
-from pipelines.trainer import NonFiniteLossError, TrainConfig, _process_group, _Run, fit
+from pipelines.trainer import NonFiniteLossError, TrainConfig, fit
 
 CONFIG = TrainConfig(epochs=3, batch_size=64, warmup_steps=5, lr_dense=0.01, lr_sparse=0.2, patience=3)
 
@@ -130,22 +130,6 @@ def test_early_stopping_keeps_the_best_epoch(toy_task, tmp_path):
     losses = [e.validation_loss for e in result.epochs]
     assert len(losses) < 50
     assert result.best_epoch == len(losses) - 2 == int(np.argmin(losses))
-
-
-def test_learning_rates_rise_over_the_warmup_and_fall_to_their_end(toy_task, tmp_path):
-    config = replace(CONFIG, epochs=2, lr_end=0.1)
-    with _process_group():
-        run = _Run(toy_task, config, tmp_path, lambda _: None)
-        steps, rates = run.planned_steps, []
-        for done in (0, 4, steps // 2, steps):
-            run.cursor = replace(run.cursor, steps_done=done)
-            run._set_learning_rates()
-            groups = (*run.dense_optimizer.param_groups, *run.model.fused_optimizer.param_groups)
-            rates.append([group["lr"] for group in groups])
-    assert steps == 2 * (len(toy_task.train_units()) // config.batch_size)
-    full = np.array([config.lr_dense, config.lr_dense, *[config.lr_sparse] * (len(rates[0]) - 2)])
-    fallen = 1 - 0.9 * np.array([0, 4, steps // 2, steps]) / steps
-    assert np.allclose(np.array(rates), np.outer(np.array([0.2, 1, 1, 1]) * fallen, full))
 
 
 def test_plan_lists_every_table(toy_task, tmp_path):

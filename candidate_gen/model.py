@@ -51,7 +51,8 @@ class TowerConfig:
     heads: int = 2
     dropout: float = 0.1
     content: bool = True
-    """Videos are known by author, tags, duration and content beside their ids; off, by their ids alone."""
+    """Videos are known by author, tags, duration and content beside their ids; off, by their ids alone (the prior then
+    still counts what author and tags did)."""
     id_dropout: float = 0.15
     """Share of ids (of video and user) that each training step treats as unknown, so that content alone must do."""
     temperature: float = 0.05

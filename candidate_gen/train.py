@@ -168,8 +168,9 @@ class TowersTask:
         (folder / "towers.json").write_text(json.dumps(described, indent=2, sort_keys=True))
 
     def _features(self, rows_M: np.ndarray, day_M: np.ndarray) -> np.ndarray:
-        """(M, C) age and counters as the index of the day has them, which is made once, at the day's first instant;
-        before the log, that of its first day."""
+        """(M, C) age and counters as the index of the day has them, which is made once, at the day's first instant.
+        Before the log, that of its first day, whose counters have counted the undated impressions: these alone count
+        towards their own prior, one in as many as their video had."""
         day_M = np.maximum(day_M, 0)
         return features_at(self.dataset, rows_M, day_M, self._view_ms[day_M])
 

@@ -128,7 +128,8 @@ def measure(corpus: Path | None, n: int, minutes: float, per_minute: int, consol
         chunks = (
             (part, vector_ND[slot_V[part] - 1].astype(np.float32)) for part in np.array_split(rows, 1 + n // 65_536)
         )
-        base = VideoIndex.build(chunks, n + 1, IndexConfig(), Path(scratch) / "base")
+        sample_QD = None if corpus is None else Corpus.open(corpus).train_queries(10_000)
+        base = VideoIndex.build(chunks, n + 1, IndexConfig(), Path(scratch) / "base", query_QD=sample_QD)
         build_s = time.perf_counter() - began
         console.print(f"base of {n:,} videos built in {build_s:.0f} s")
         live = LiveIndex(Path(scratch) / "live", base, ids_V, LiveConfig(compact_at=max(n_events // 2, 2)))

@@ -23,10 +23,10 @@ class BulkVideoTower:
     rounding. Read-only, so many threads may share it."""
 
     def __init__(self, model: TowersModel, columns: SparseColumns) -> None:
-        """`columns` say where each feature lies in the W slots; the features are the model's, in its order."""
-        self._model, self._columns = model, columns
+        """`columns` say where each feature lies in the W slots; read are those the model has tables for."""
+        self._model, self._columns, self._names = model, columns, model.video_features.names
         weights = model.video_ebc.state_dict()
-        self._tables = {name: weights[f"embedding_bags.{name}.weight"] for name in columns.names}
+        self._tables = {name: weights[f"embedding_bags.{name}.weight"] for name in self._names}
         self._unknown = dict(model.video_features.unknown.items())
 
     def __call__(self, sparse_NW: np.ndarray, dense_ND: np.ndarray, candidate_dense_NC: np.ndarray) -> np.ndarray:
@@ -44,10 +44,10 @@ class BulkVideoTower:
         features, width = self._model.video_features, self._model.config.embedding_dim
         joined_NF = torch.empty(len(sparse_NW), features.width)
         rows_NW = torch.from_numpy(np.array(sparse_NW, np.int64))
-        for position, name in enumerate(self._columns.names):
+        for position, name in enumerate(self._names):
             part = joined_NF[:, position * width : (position + 1) * width]
             self._pool(name, rows_NW[:, self._columns.slice(name)], part)
-        joined_NF.numpy()[:, len(self._columns.names) * width :] = dense_ND[:, : features.dense]
+        joined_NF.numpy()[:, len(self._names) * width :] = dense_ND[:, : features.dense]
         return joined_NF
 
     def dense(self, joined_NF: torch.Tensor, candidate_dense_NC: np.ndarray) -> torch.Tensor:

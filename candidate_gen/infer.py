@@ -68,10 +68,9 @@ class Towers:
             return np.zeros((0, self.dim), np.float32)
         batch = to_batch(inputs)
         owner_B, position_B = torch.arange(n), batch.history_length_B
-        gap_B = batch.history_gap_BL[owner_B, (position_B - 1).clamp(min=0)]
         with torch.inference_mode():
             video_UE = self._model.encode_videos(batch.video, batch.video_dense_UD)
-            user_BE = self._model.encode_users(batch, video_UE, owner_B, position_B, batch.surface_B, gap_B)
+            user_BE = self._model.encode_users(batch, video_UE, owner_B, position_B, batch.surface_B)
             return self._model.place_users(user_BE).numpy()
 
     def _check(self, columns: SparseColumns, tables: tuple[tuple[str, int], ...], side: str) -> None:

@@ -20,13 +20,17 @@ from torchrec.modules.embedding_configs import EmbeddingBagConfig, PoolingType
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 
-from candidate_gen.loss import sampled_softmax
+from candidate_gen.encoder import GAP_BUCKETS, LAYERS, EncoderConfig, SequenceEncoder, gap_buckets
+from candidate_gen.loss import full_softmax, sampled_softmax
 from features.batch import Batch
 from features.dataset import Dataset
-from features.history import GAP_BUCKETS
+from features.history import UNDATED_TS_MS
 from features.inputs import AGE_WIDTH
 from features.schema import SIGNALS
 from features.spec import Categorical
+
+FEEDBACK = len(SIGNALS) + 2
+"""Feedback columns of an event: the signals, skipped (none of them), and the watch fraction."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,11 +43,16 @@ class TowerConfig:
     """Width of every embedding table; TorchRec's CPU kernels want a multiple of 4."""
     hidden: int = 256
     """Width of the hidden layer in either tower's MLP."""
+    encoder: str = "ligr"
+    """Over the history, beside the mean of its events' tokens (as in Covington et al., RecSys 2016): a kind of
+    `candidate_gen.encoder`, or "none" for the mean alone, whatever the events' order and times."""
     layers: int = 2
-    """Transformer layers over the history."""
+    """Of the encoder; "none" has no layers, heads or dropout."""
     heads: int = 2
     dropout: float = 0.1
-    """Inside the transformer."""
+    content: bool = True
+    """Videos are known by author, tags, duration and content beside their ids; off, by their ids alone (the prior then
+    still counts what author and tags did)."""
     id_dropout: float = 0.15
     """Share of ids (of video and user) that each training step treats as unknown, so that content alone must do."""
     temperature: float = 0.05
@@ -54,11 +63,16 @@ class TowerConfig:
     """Width of the hidden layer in the prior's MLP."""
     positives: tuple[str, ...] = ("long_view",)
     """An impression with any of these signals is something to retrieve."""
-    uniform_negatives: int = 512
-    """Videos drawn uniformly a batch, beside the positives of the batch's other users."""
-    in_batch_negatives: bool = True
+    full_softmax_up_to: int = 10_000
+    """Catalogues of at most this many eligible videos are trained on exactly, without sampling: every positive against
+    all videos there were at its instant. The rest of the sampling settings then goes unused."""
+    uniform_ratio: float = 0.5
+    """Negatives drawn uniformly for each in-batch one (the positives of the batch's other users)."""
     correct_sampling: bool = True
     """logQ: weigh negatives by how often they are drawn. Off, popular videos are pushed down."""
+    frequencies: str = "day"
+    """What logQ takes for that: "day", a count of the video's day, or "streaming", a moving average that needs no look
+    ahead, for logs that are trained on as they come."""
     window_stride: int = 50
     """Training windows of one user begin this many events apart; a target then sees at least history - stride."""
 
@@ -67,10 +81,14 @@ class TowerConfig:
             raise ValueError(f"TowerConfig.positives: {sorted(unknown)} are no signals; choose from {SIGNALS}")
         if not self.positives:
             raise ValueError("TowerConfig.positives is empty: name at least one signal to retrieve by")
-        if self.uniform_negatives < 1 and not self.in_batch_negatives:
-            raise ValueError("TowerConfig: no negatives; set uniform_negatives above 0 or in_batch_negatives")
+        if self.encoder not in (*LAYERS, "none"):
+            raise ValueError(f"TowerConfig.encoder {self.encoder!r}: choose from {', '.join(LAYERS)} and none")
         if self.inner_dim < 1 or self.inner_dim % self.heads:
             raise ValueError(f"TowerConfig.dim {self.dim} less 2 is not a multiple of heads {self.heads}")
+        if self.frequencies not in ("day", "streaming"):
+            raise ValueError(f"TowerConfig.frequencies {self.frequencies!r}: choose day or streaming")
+        if self.uniform_ratio < 0:
+            raise ValueError(f"TowerConfig.uniform_ratio is {self.uniform_ratio}, it must not be below 0")
         if self.prior_bound <= 0:
             raise ValueError(f"TowerConfig.prior_bound is {self.prior_bound}, it must be above 0")
 
@@ -122,9 +140,12 @@ class TowersModel(nn.Module):
         super().__init__()
         self.config, self.sizes = config, sizes
         self.user_ebc = _embeddings(sizes.user_tables, config.embedding_dim)
-        self.video_ebc = _embeddings(sizes.video_tables, config.embedding_dim)
+        video_tables, video_dense = sizes.video_tables, sizes.video_dense
+        if not config.content:
+            video_tables, video_dense = tuple(t for t in video_tables if t[0] in sizes.id_features), 0
+        self.video_ebc = _embeddings(video_tables, config.embedding_dim)
         self.user_features = JoinedFeatures(sizes.user_tables, sizes.id_features, sizes.user_dense, config)
-        self.video_features = JoinedFeatures(sizes.video_tables, sizes.id_features, sizes.video_dense, config)
+        self.video_features = JoinedFeatures(video_tables, sizes.id_features, video_dense, config)
         self.video_mlp = _mlp(self.video_features.width, config.hidden, config.inner_dim)
         self.prior_mlp = _mlp(sizes.candidate_dense, config.prior_hidden, 1)
         self.history = HistoryEncoder(config, sizes.history_length)
@@ -136,13 +157,24 @@ class TowersModel(nn.Module):
         self.user_mlp = _mlp(query_width, config.hidden, config.inner_dim)
 
     def forward(self, batch: Batch, targets: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """`targets`: for each candidate its history position, surface and gap; for each sampled negative (`_X`) its
-        features at the instant it was drawn for; and for both the log of how often they are drawn as negatives."""
+        """`targets`: each candidate's history position and surface; then what its loss needs. Sampled: features of the
+        uniform negatives at the instants they are drawn for, and the log of how often each column is drawn. Exact:
+        features of all G x X (day, video), the candidate's day among G, and how many videos there were by then."""
         video_UE = self.encode_videos(batch.video, batch.video_dense_UD)
-        user_NE = self.encode_users(
-            batch, video_UE, batch.owner_N, targets["position_N"], targets["surface_N"], targets["gap_N"]
-        )
+        user_NE = self.encode_users(batch, video_UE, batch.owner_N, targets["position_N"], targets["surface_N"])
         unit_UE = functional.normalize(video_UE, dim=-1)
+        if "catalogue_dense_GXC" in targets:
+            return full_softmax(
+                user_NE,
+                unit_UE,
+                positive_N=batch.candidate_N,
+                owner_N=batch.owner_N,
+                catalogue_X=batch.extra_X,
+                uploaded_N=targets["uploaded_N"],
+                prior_N=self.prior(batch.candidate_dense_NC),
+                prior_NX=self.prior(targets["catalogue_dense_GXC"])[targets["day_N"]],
+                temperature=self.config.temperature,
+            )
         prior_M = self.prior(torch.cat([batch.candidate_dense_NC, targets["extra_dense_XC"]]))
         return sampled_softmax(
             user_NE,
@@ -155,7 +187,6 @@ class TowersModel(nn.Module):
             log_draws_N=targets["log_draws_N"],
             log_draws_X=targets["log_draws_X"],
             temperature=self.config.temperature,
-            in_batch=self.config.in_batch_negatives,
             correct=self.config.correct_sampling,
         )
 
@@ -186,17 +217,33 @@ class TowersModel(nn.Module):
         owner_N: torch.Tensor,
         position_N: torch.Tensor,
         surface_N: torch.Tensor,
-        gap_N: torch.Tensor,
     ) -> torch.Tensor:
-        """(N, E) normalised: user `owner` after `position` events, asking on a surface, a gap after the last event."""
+        """(N, E) normalised: user `owner` after `position` events, asking on a surface.
+
+        A position is asked at the time of the event that followed it, the last one at the request's own. That is no
+        look ahead: what followed was shown in answer to this very request, so training and serving know the same."""
         user_BF = self.user_features(self.user_ebc(batch.user), batch.user, batch.user_dense_BD)
-        state_BPE = self.history(video_UE[batch.history_BL], batch.history_signals_BLS, batch.history_watch_BL)
+        event_ms_BP, asked_ms_BP = history_times(batch)
+        state_BPE = self.history(
+            video_UE[batch.history_BL], batch.history_signals_BLS, batch.history_watch_BL, event_ms_BP, asked_ms_BP
+        )
         state_NE = state_BPE[owner_N, position_N]
+        gap_N11 = gap_buckets(asked_ms_BP[owner_N, position_N, None], event_ms_BP[owner_N, position_N, None])
         if self.training:  # row 0, "no surface", must be of use to whoever asks without one
             keep_N = torch.rand(len(surface_N), device=surface_N.device) >= self.config.id_dropout
             surface_N = surface_N * keep_N
-        query_NQ = torch.cat([state_NE, user_BF[owner_N], self.surface(surface_N), self.gap(gap_N)], dim=-1)
+        query_NQ = torch.cat([state_NE, user_BF[owner_N], self.surface(surface_N), self.gap(gap_N11.flatten())], dim=-1)
         return functional.normalize(state_NE + self.user_mlp(query_NQ), dim=-1)
+
+
+def history_times(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    """(B, P = L + 1) int64 twice: when the event of each token was, the start token's unknown; and when each position
+    asked, which is the time of the event behind it, the request's where there is none."""
+    event_ms_BL, now_ms_B1 = batch.history_ts_ms_BL, batch.now_ms_B[:, None]
+    at_L = torch.arange(event_ms_BL.shape[1], device=event_ms_BL.device)
+    followed_BL = at_L < batch.history_length_B[:, None]
+    asked_ms_BP = torch.cat([torch.where(followed_BL, event_ms_BL, now_ms_B1), now_ms_B1], dim=1)
+    return torch.cat([torch.full_like(now_ms_B1, UNDATED_TS_MS), event_ms_BL], dim=1), asked_ms_BP
 
 
 class JoinedFeatures(nn.Module):
@@ -235,53 +282,50 @@ class JoinedFeatures(nn.Module):
 
 
 class HistoryEncoder(nn.Module):
-    """Causal transformer over a start token and L events; state p has seen events 0 .. p-1."""
+    """Tokens of a start and L events, and two readings of them, added: their running mean, which holds a steady taste,
+    and a sequence encoder, which holds order and time. State p has seen events 0 .. p-1."""
 
     def __init__(self, config: TowerConfig, history_length: int) -> None:
         super().__init__()
-        self.start_E = nn.Parameter(torch.randn(config.inner_dim) * 0.02)
-        self.video = nn.Linear(config.inner_dim, config.inner_dim)
-        self.feedback = nn.Linear(len(SIGNALS) + 1, config.inner_dim)
-        self.layers = nn.ModuleList(CausalLayer(config, history_length + 1) for _ in range(config.layers))
-        self.norm = nn.LayerNorm(config.inner_dim)
+        dim = config.inner_dim
+        self.start_E = nn.Parameter(torch.randn(dim) * 0.02)
+        self.video = nn.Linear(dim, dim)
+        self.feedback = nn.Linear(FEEDBACK, dim)
+        self.regard = nn.Linear(FEEDBACK, dim)
+        self.mean_norm = nn.LayerNorm(dim)
+        self.encoder = None
+        if config.encoder != "none":
+            sequence = EncoderConfig(
+                kind=config.encoder,  # pyright: ignore[reportArgumentType]
+                dim=dim,
+                layers=config.layers,
+                heads=config.heads,
+                dropout=config.dropout,
+                time_gaps=True,
+            )
+            self.encoder = SequenceEncoder(sequence, positions=history_length + 1)
 
-    def forward(self, video_BLE: torch.Tensor, signals_BLS: torch.Tensor, watch_BL: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self,
+        video_BLE: torch.Tensor,
+        signals_BLS: torch.Tensor,
+        watch_BL: torch.Tensor,
+        event_ms_BP: torch.Tensor,
+        asked_ms_BP: torch.Tensor,
+    ) -> torch.Tensor:
         """(B, L + 1, E). Padding stands behind the last event, where no state that is read can see it."""
-        feedback_BLE = self.feedback(torch.cat([signals_BLS, watch_BL.unsqueeze(-1)], dim=-1))
-        event_BLE = self.video(video_BLE) + feedback_BLE
+        skipped_BL1 = (signals_BLS == 0).all(dim=-1, keepdim=True).to(signals_BLS.dtype)
+        feedback_BLF = torch.cat([signals_BLS, skipped_BL1, watch_BL.unsqueeze(-1)], dim=-1)
+        # What was felt turns what was seen: a skipped video may count against its kind, a sum alone could not say so.
+        regard_BLE = 2 * torch.tanh(self.regard(feedback_BLF))
+        event_BLE = self.video(video_BLE) * regard_BLE + self.feedback(feedback_BLF)
         start_B1E = self.start_E.expand(len(event_BLE), 1, -1)
-        state_BPE = torch.cat([start_B1E, event_BLE], dim=1)
-        for layer in self.layers:
-            state_BPE = layer(state_BPE)
-        return self.norm(state_BPE)
-
-
-class CausalLayer(nn.Module):
-    """Pre-norm attention and MLP. Attention knows how many events back a token lies, not where the window began,
-    so that cutting a history elsewhere changes nothing but what is cut off."""
-
-    def __init__(self, config: TowerConfig, positions: int) -> None:
-        super().__init__()
-        self.heads, self.dropout = config.heads, config.dropout
-        self.attention_norm, self.mlp_norm = nn.LayerNorm(config.inner_dim), nn.LayerNorm(config.inner_dim)
-        self.query_key_value = nn.Linear(config.inner_dim, 3 * config.inner_dim)
-        self.out = nn.Linear(config.inner_dim, config.inner_dim)
-        self.mlp = _mlp(config.inner_dim, 2 * config.inner_dim, config.inner_dim)
-        self.bias_HP = nn.Parameter(torch.zeros(config.heads, positions))
-        """Attention bias by head and distance."""
-
-    def forward(self, state_BPE: torch.Tensor) -> torch.Tensor:
-        n, positions, dim = state_BPE.shape
-        split = self.query_key_value(self.attention_norm(state_BPE)).view(n, positions, 3, self.heads, -1)
-        query, key, value = split.permute(2, 0, 3, 1, 4)
-        at_P = torch.arange(positions, device=state_BPE.device)
-        distance_PP = at_P[:, None] - at_P[None, :]
-        bias_HPP = self.bias_HP[:, distance_PP.clamp(min=0)].masked_fill(distance_PP < 0, float("-inf"))
-        drop = self.dropout if self.training else 0.0
-        seen = functional.scaled_dot_product_attention(query, key, value, attn_mask=bias_HPP)
-        seen_BPD = seen.transpose(1, 2).reshape(n, positions, dim)
-        state_BPE = state_BPE + functional.dropout(self.out(seen_BPD), drop)
-        return state_BPE + functional.dropout(self.mlp(self.mlp_norm(state_BPE)), drop)
+        token_BPE = torch.cat([start_B1E, event_BLE], dim=1)
+        count_P1 = torch.arange(1, token_BPE.shape[1] + 1, device=token_BPE.device).unsqueeze(1)
+        state_BPE = self.mean_norm(token_BPE.cumsum(dim=1) / count_P1)
+        if self.encoder is not None:
+            state_BPE = state_BPE + self.encoder(token_BPE, event_ms_BP, asked_ms_BP)
+        return state_BPE
 
 
 def _embeddings(tables: tuple[tuple[str, int], ...], dim: int) -> EmbeddingBagCollection:

@@ -1,7 +1,8 @@
 """The towers' training task: windows of users' logs, each with a target wherever a positive impression came next.
 
 A unit is a window W: at most L events and the positives that follow some of them. B windows a batch, N targets,
-X uniform negatives, C features of (video, instant). One pass of the history encoder serves every target of its window:
+X uniform negatives (or the whole catalogue), G days, C features of (video, instant). One pass of the history encoder
+serves every target of its window:
 
     log of one user    a  b  c  d  e  f        positives: c f
     window             a  b  c  d  e           c is predicted from position 2 (after a b), f from 5
@@ -10,34 +11,81 @@ X uniform negatives, C features of (video, instant). One pass of the history enc
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from safetensors.torch import save_file
 
+from candidate_gen.frequency import DayShare, StreamingShare
 from candidate_gen.model import TowerConfig, TowerSizes, TowersModel
 from features.dataset import Dataset
-from features.history import gap_bucket
+from features.history import UNDATED_TS_MS
 from features.inputs import Collated, UserRows, age_features, assemble
 from features.schema import SIGNALS
 
-FORMAT = 2
+FORMAT = 3
 """Version of towers.json; raised when an older reader would go wrong."""
 
 
 @dataclass(frozen=True, slots=True)
+class Targets:
+    """T positive impressions of known users and videos. Those that precede the log, without a time, count as shown
+    just before its first instant; they are worth training on: on KuaiRand there are ten for each dated one."""
+
+    user_row: np.ndarray
+    video_row: np.ndarray
+    history_end: np.ndarray
+    """Position in the history log one past the last event before it."""
+    asked_ms: np.ndarray
+    """When its request was; UNDATED_TS_MS where that is unknown."""
+    day: np.ndarray
+    """Index into `Dataset.dates`; -1 for the time before the log."""
+    surface: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.user_row)
+
+    @classmethod
+    def dated(cls, dataset: Dataset, config: TowerConfig, dates: tuple[str, ...]) -> Targets:
+        """Those of these dates."""
+        e, rows = dataset.examples, dataset.rows_on(dates)
+        columns = [SIGNALS.index(signal) for signal in config.positives]
+        positive = (np.nan_to_num(e.signals[rows][:, columns]) > 0).any(axis=1)
+        at = rows[positive & (e.video_row[rows] > 0) & (e.user_row[rows] > 0)]
+        return cls(e.user_row[at], e.video_row[at], e.history_end[at], e.ts_ms[at], e.day[at], e.surface[at])
+
+    @classmethod
+    def undated(cls, dataset: Dataset, config: TowerConfig) -> Targets:
+        """Those before the log."""
+        log = dataset.history
+        mask = sum(1 << SIGNALS.index(signal) for signal in config.positives)
+        known = (np.asarray(log.ts_ms) == UNDATED_TS_MS) & (np.asarray(log.video_row) > 0)
+        at = np.flatnonzero(known & ((np.asarray(log.signals) & mask) > 0))
+        user_row = np.searchsorted(log.user_start, at, side="right") - 1
+        nothing = np.zeros(len(at), np.int64)
+        return cls(user_row, log.video_row[at], at, nothing + UNDATED_TS_MS, nothing - 1, nothing)
+
+    def __add__(self, other: Targets) -> Targets:
+        return Targets(*(np.concatenate([getattr(self, f.name), getattr(other, f.name)]) for f in fields(self)))
+
+    def take(self, at: np.ndarray) -> Targets:
+        """The targets at these positions."""
+        return Targets(*(getattr(self, f.name)[at] for f in fields(self)))
+
+
+@dataclass(frozen=True, slots=True)
 class Windows:
-    """W windows; window w predicts the examples target[start[w]:start[w+1]]."""
+    """W windows; window w predicts the targets start[w] .. start[w+1]."""
 
     user_row: np.ndarray
     end: np.ndarray
     """(W,) position in the history log one past the window's last event; the window holds the L events before."""
     start: np.ndarray
-    """(W+1,) offsets into `target`."""
-    target: np.ndarray
-    """Examples (rows of `Dataset.examples`), by user and time."""
+    """(W+1,) offsets into `targets`."""
+    targets: Targets
+    """By user and time."""
 
 
 class TowersTask:
@@ -49,19 +97,23 @@ class TowersTask:
         self, dataset: Dataset, config: TowerConfig, train_dates: tuple[str, ...], validation_dates: tuple[str, ...]
     ) -> None:
         self.dataset, self.config = dataset, config
-        train = target_examples(dataset, config, train_dates)
+        train = Targets.undated(dataset, config) + Targets.dated(dataset, config, train_dates)
         if not len(train):
             raise ValueError(
                 f"no impression on {train_dates} has any of {config.positives}: nothing to train towers on"
             )
-        validation = target_examples(dataset, config, validation_dates)
+        validation = Targets.dated(dataset, config, validation_dates)
         self._train = cut_windows(dataset, config, train)
         self._validation = cut_windows(dataset, config, validation)
-        self._day_share = DayShare.of(dataset, np.concatenate([train, validation]))
+        self._view_ms = view_instants(dataset)
+        frequencies = StreamingShare if config.frequencies == "streaming" else DayShare
+        both = train + validation
+        self._frequencies = frequencies.of(both.video_row, both.day, self._instants(both), len(dataset.videos) + 1)
         eligible = np.flatnonzero(dataset.eligible)
         self._negatives = eligible[np.argsort(dataset.upload_ts_ms[eligible], kind="stable")]
         self._uploads_ms = np.asarray(dataset.upload_ts_ms[self._negatives])
-        self._view_ms = view_instants(dataset)
+        self.exact = 0 < len(eligible) <= config.full_softmax_up_to
+        self._catalogue_dense: dict[int, np.ndarray] = {}
 
     def build(self) -> torch.nn.Module:
         """Fresh towers; the caller seeds torch."""
@@ -79,38 +131,28 @@ class TowersTask:
         """One batch of windows; the seed draws its uniform negatives."""
         n_train = len(self._train.end)
         parts = [_take(self._train, units[units < n_train]), _take(self._validation, units[units >= n_train] - n_train)]
-        user_row_B, end_B, count_B, rows_N = (np.concatenate(column) for column in zip(*parts, strict=True))
-        owner_N = np.repeat(np.arange(len(end_B)), count_B)
-        e, data = self.dataset.examples, self.dataset
+        user_row_B, end_B, count_B = (np.concatenate(column) for column in list(zip(*parts, strict=True))[:3])
+        t = parts[0][3] + parts[1][3]
+        owner_N, data = np.repeat(np.arange(len(end_B)), count_B), self.dataset
         history = data.history.windows(user_row_B, end_B, data.encoder.spec.history_length)
-        position_N = e.history_end[rows_N] - (end_B - history.length_B)[owner_N]
-        last_ms_N = history.ts_ms_BL[owner_N, np.maximum(position_N - 1, 0)]
-        video_row_N, ts_ms_N, day_N = e.video_row[rows_N], e.ts_ms[rows_N], e.day[rows_N]
-        negatives_X, like_X = self._draw_negatives(ts_ms_N, seed)
+        extra_rows_X, columns = self._exact(t) if self.exact else self._sampled(t, seed)
         inputs = assemble(
             user=UserRows.take(data.users, user_row_B),
             user_counters_BC=np.zeros((len(end_B), 0), np.float32),
             surface_B=np.zeros(len(end_B), np.int64),
-            now_ms_B=np.zeros(len(end_B), np.int64),
+            now_ms_B=t.asked_ms[np.cumsum(count_B) - 1],  # a window ends where its last target asks
             history=history,
             videos=data.videos,
-            candidate_rows_N=video_row_N,
+            candidate_rows_N=t.video_row,
             owner_N=owner_N,
-            candidate_counters_NC=np.zeros((len(rows_N), 0), np.float32),
-            candidate_upload_ts_ms_N=data.upload_ts_ms[video_row_N],
-            slot_N=np.zeros(len(rows_N), np.int64),
-            extra_rows_X=negatives_X,
+            candidate_counters_NC=np.zeros((len(t), 0), np.float32),
+            candidate_upload_ts_ms_N=data.upload_ts_ms[t.video_row],
+            slot_N=np.zeros(len(t), np.int64),
+            extra_rows_X=extra_rows_X,
         )
-        targets = {
-            "position_N": position_N,
-            "surface_N": e.surface[rows_N],
-            "gap_N": gap_bucket(ts_ms_N, last_ms_N, position_N > 0),
-            "log_draws_N": self._log_draws(video_row_N, day_N, ts_ms_N, len(rows_N)),
-            "log_draws_X": self._log_draws(negatives_X, day_N[like_X], ts_ms_N[like_X], len(rows_N)),
-            "extra_dense_XC": features_at(data, negatives_X, day_N[like_X], self._view_ms[day_N[like_X]]),
-        }
-        # Age and counters as the index of the target's day has them, which is made once, at the day's first instant.
-        at_view_NC = features_at(data, video_row_N, day_N, self._view_ms[day_N])
+        position_N = t.history_end - (end_B - history.length_B)[owner_N]
+        targets = {"position_N": position_N, "surface_N": t.surface, **columns}
+        at_view_NC = self._features(t.video_row, t.day)
         return Collated(replace(inputs, candidate_dense_NC=at_view_NC), targets)
 
     def export(self, state: dict[str, torch.Tensor], folder: Path) -> None:
@@ -125,47 +167,57 @@ class TowersTask:
         }
         (folder / "towers.json").write_text(json.dumps(described, indent=2, sort_keys=True))
 
+    def _features(self, rows_M: np.ndarray, day_M: np.ndarray) -> np.ndarray:
+        """(M, C) age and counters as the index of the day has them, which is made once, at the day's first instant.
+        Before the log, that of its first day, whose counters have counted the undated impressions: these alone count
+        towards their own prior, one in as many as their video had."""
+        day_M = np.maximum(day_M, 0)
+        return features_at(self.dataset, rows_M, day_M, self._view_ms[day_M])
+
+    def _instants(self, t: Targets) -> np.ndarray:
+        """(T,) int64."""
+        return np.where(t.day < 0, self._view_ms[0] - 1, t.asked_ms)
+
+    def _exact(self, t: Targets) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        """(all eligible videos by upload time (X,), what the exact softmax reads of them at the targets' instants)."""
+        catalogue_X = self._negatives
+        days, day_N = np.unique(np.maximum(t.day, 0), return_inverse=True)
+        for day in set(days.tolist()) - self._catalogue_dense.keys():
+            self._catalogue_dense[day] = self._features(catalogue_X, np.full(len(catalogue_X), day))
+        return catalogue_X, {
+            "catalogue_dense_GXC": np.stack([self._catalogue_dense[day] for day in days.tolist()]),
+            "day_N": day_N,
+            "uploaded_N": self._uploaded(self._instants(t)),
+        }
+
+    def _sampled(self, t: Targets, seed: int) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        """(uniform negatives (X,), what the sampled softmax reads of them and of how often columns are drawn)."""
+        instant_N = self._instants(t)
+        negatives_X, like_X = self._draw_negatives(instant_N, seed)
+        counts = (len(t), len(like_X))
+        return negatives_X, {
+            "log_draws_N": self._log_draws(t.video_row, t.day, instant_N, *counts),
+            "log_draws_X": self._log_draws(negatives_X, t.day[like_X], instant_N[like_X], *counts),
+            "extra_dense_XC": self._features(negatives_X, t.day[like_X]),
+        }
+
     def _draw_negatives(self, ts_ms_N: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
         """(video rows (X,), target (X,) whose instant each is drawn for), among what was uploaded by that instant."""
         rng = np.random.default_rng(seed)
-        wanted = self.config.uniform_negatives if len(self._negatives) else 0
+        wanted = round(self.config.uniform_ratio * len(ts_ms_N)) if len(self._negatives) else 0
         like_X = rng.integers(0, len(ts_ms_N), wanted)
         return self._negatives[rng.integers(0, self._uploaded(ts_ms_N[like_X]))], like_X
 
     def _uploaded(self, ts_ms_M: np.ndarray) -> np.ndarray:
-        """(M,) how many videos a uniform draw at these instants chooses among."""
+        """(M,) int64: how many eligible videos there were at these instants, at least 1."""
         return np.maximum(np.searchsorted(self._uploads_ms, ts_ms_M, side="right"), 1)
 
-    def _log_draws(self, row_M: np.ndarray, day_M: np.ndarray, ts_ms_M: np.ndarray, n_positives: int) -> np.ndarray:
-        """Log of how often a video is expected among the negatives of a batch at its instant (M,) float32."""
-        draws_M = self.config.uniform_negatives / self._uploaded(ts_ms_M)
-        if self.config.in_batch_negatives:
-            draws_M = draws_M + n_positives * self._day_share.of_videos(day_M, row_M)
-        return np.log(draws_M).astype(np.float32)
-
-
-@dataclass(frozen=True, slots=True)
-class DayShare:
-    """How a day's positives spread over videos: in-batch negatives of that day are drawn so. A video lives for days, so
-    its share of the whole log would count it as rarer than it is while it is fresh."""
-
-    key: np.ndarray
-    """Sorted day * videos + row."""
-    share: np.ndarray
-    n_videos: int
-
-    @classmethod
-    def of(cls, dataset: Dataset, target: np.ndarray) -> DayShare:
-        """Count these positives (rows of `Dataset.examples`)."""
-        n_videos, day = len(dataset.videos) + 1, dataset.examples.day[target]
-        key, count = np.unique(day * n_videos + dataset.examples.video_row[target], return_counts=True)
-        return cls(key, count / np.bincount(day)[key // n_videos], n_videos)
-
-    def of_videos(self, day_M: np.ndarray, row_M: np.ndarray) -> np.ndarray:
-        """(M,) share of the day's positives; 0 for a video without any."""
-        wanted_M = day_M * self.n_videos + row_M
-        at_M = np.minimum(np.searchsorted(self.key, wanted_M), len(self.key) - 1)
-        return np.where(self.key[at_M] == wanted_M, self.share[at_M], 0.0)
+    def _log_draws(
+        self, row_M: np.ndarray, day_M: np.ndarray, ts_ms_M: np.ndarray, n_positives: int, n_uniform: int
+    ) -> np.ndarray:
+        """Log of how often a video is expected among the draws of a batch at its instant (M,) float32."""
+        in_batch_M = n_positives * self._frequencies.share(row_M, day_M, ts_ms_M)
+        return np.log(n_uniform / self._uploaded(ts_ms_M) + in_batch_M).astype(np.float32)
 
 
 def features_at(
@@ -195,29 +247,20 @@ def index_instant(dataset: Dataset, test_dates: tuple[str, ...]) -> tuple[int, i
     return day, int(view_instants(dataset)[day])
 
 
-def target_examples(dataset: Dataset, config: TowerConfig, dates: tuple[str, ...]) -> np.ndarray:
-    """Positive impressions of known users and videos on these dates (rows of `Dataset.examples`)."""
-    rows = dataset.rows_on(dates)
-    e = dataset.examples
-    columns = [SIGNALS.index(signal) for signal in config.positives]
-    positive = (np.nan_to_num(e.signals[rows][:, columns]) > 0).any(axis=1)
-    return rows[positive & (e.video_row[rows] > 0) & (e.user_row[rows] > 0)]
-
-
-def cut_windows(dataset: Dataset, config: TowerConfig, target: np.ndarray) -> Windows:
+def cut_windows(dataset: Dataset, config: TowerConfig, targets: Targets) -> Windows:
     """Group targets into windows: those whose histories end within the same stride of a user's log share one."""
-    e, length = dataset.examples, dataset.encoder.spec.history_length
-    target = target[np.lexsort((e.history_end[target], e.user_row[target]))]
-    user_row, end = e.user_row[target], e.history_end[target]
+    length = dataset.encoder.spec.history_length
+    targets = targets.take(np.lexsort((targets.history_end, targets.user_row)))
+    user_row, end = targets.user_row, targets.history_end
     block = (end - dataset.history.user_start[user_row]) // min(config.window_stride, length)
     first = np.flatnonzero(np.diff(user_row, prepend=-1).astype(bool) | np.diff(block, prepend=-1).astype(bool))
-    start = np.append(first, len(target))
-    return Windows(user_row=user_row[first], end=end[start[1:] - 1], start=start, target=target)
+    start = np.append(first, len(targets))
+    return Windows(user_row=user_row[first], end=end[start[1:] - 1], start=start, targets=targets)
 
 
-def _take(windows: Windows, at: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+def _take(windows: Windows, at: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, Targets]:
     """(user rows, ends, targets a window, targets) of the windows `at`."""
     count_B = windows.start[at + 1] - windows.start[at]
     ahead_B = np.cumsum(count_B) - count_B
     offsets = np.arange(count_B.sum()) + np.repeat(windows.start[at] - ahead_B, count_B)
-    return windows.user_row[at], windows.end[at], count_B, windows.target[offsets]
+    return windows.user_row[at], windows.end[at], count_B, windows.targets.take(offsets)

@@ -26,11 +26,13 @@ class Batch:
     user: KeyedJaggedTensor
     user_dense_BD: torch.Tensor
     surface_B: torch.Tensor
+    now_ms_B: torch.Tensor
     video: KeyedJaggedTensor
     video_dense_UD: torch.Tensor
     history_BL: torch.Tensor
     history_signals_BLS: torch.Tensor
     history_watch_BL: torch.Tensor
+    history_ts_ms_BL: torch.Tensor
     history_gap_BL: torch.Tensor
     history_length_B: torch.Tensor
     candidate_N: torch.Tensor
@@ -62,10 +64,12 @@ def to_batch(inputs: Inputs, *, pad_videos_to: int | None = None) -> Batch:
         video=to_kjt(video_sparse, inputs.video_columns),
         user_dense_BD=_tensor(inputs.user_dense_BD),
         surface_B=_tensor(inputs.surface_B),
+        now_ms_B=_tensor(inputs.now_ms_B),
         video_dense_UD=_tensor(video_dense),
         history_BL=_tensor(inputs.history_BL),
         history_signals_BLS=_tensor(inputs.history_signals_BLS),
         history_watch_BL=_tensor(inputs.history_watch_BL),
+        history_ts_ms_BL=_tensor(inputs.history_ts_ms_BL),
         history_gap_BL=_tensor(inputs.history_gap_BL),
         history_length_B=_tensor(inputs.history_length_B),
         candidate_N=_tensor(inputs.candidate_N),

@@ -41,6 +41,8 @@ class Inputs:
     """Dense features of the user, counters last."""
     user_columns: SparseColumns
     surface_B: np.ndarray
+    now_ms_B: np.ndarray
+    """Instant of each request."""
     video_sparse_UW: np.ndarray
     video_dense_UD: np.ndarray
     video_columns: SparseColumns
@@ -48,6 +50,8 @@ class Inputs:
     """Positions in U; 0 is padding."""
     history_signals_BLS: np.ndarray
     history_watch_BL: np.ndarray
+    history_ts_ms_BL: np.ndarray
+    """When each event was; UNDATED_TS_MS for padding and events without a time."""
     history_gap_BL: np.ndarray
     history_length_B: np.ndarray
     candidate_N: np.ndarray
@@ -101,12 +105,14 @@ def assemble(
         user_dense_BD=np.concatenate([user.dense_BD, user_counters_BC], axis=1).astype(np.float32),
         user_columns=user.columns,
         surface_B=surface_B,
+        now_ms_B=np.asarray(now_ms_B, dtype=np.int64),
         video_sparse_UW=np.asarray(videos.sparse[distinct_U]),
         video_dense_UD=np.asarray(videos.dense[distinct_U]),
         video_columns=videos.columns,
         history_BL=position[1 : 1 + n_history].reshape(history.video_row_BL.shape),
         history_signals_BLS=unpack_signals(history.signals_BL),
         history_watch_BL=history.watch_fraction_BL,
+        history_ts_ms_BL=history.ts_ms_BL,
         history_gap_BL=history.gap_bucket(now_ms_B),
         history_length_B=history.length_B,
         candidate_N=position[1 + n_history : 1 + n_history + n_candidates],

@@ -2,7 +2,8 @@
 
 Q queries (a user on a test day), K returned, D vector width. A query is asked at the user's first impression of the
 day, knows what happened before it, and its relevant videos are the day's positives that the user had not seen.
-Every method ranks the same corpus: eligible videos, less what the user has seen.
+Every method ranks the same corpus: eligible videos, less what the user has seen. The cold slice looks for those of
+the relevant videos alone that were there, but for less than 24 hours, when the query was asked.
 """
 
 from __future__ import annotations
@@ -11,15 +12,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 
 import numpy as np
+import polars as pl
 
 from candidate_gen.index import VideoIndex
 from candidate_gen.infer import Towers
 from features.dataset import Dataset
 from features.inputs import Inputs, UserRows, assemble
 from features.schema import SIGNALS
+from pipelines.baselines import popular_videos
 from pipelines.metrics import coverage, gini, recall_at_k
 
 CHUNK = 256
+COLD_MS = 24 * 3_600_000
 TOWERS = "two towers, exact"
 
 
@@ -33,6 +37,8 @@ class Queries:
     surface_Q: np.ndarray
     relevant: list[np.ndarray]
     """Video rows of the day's positives, distinct."""
+    cold: list[np.ndarray]
+    """Those of `relevant` that had been uploaded for less than COLD_MS; empty for most queries."""
     seen: list[np.ndarray]
     """Video rows of everything the user was shown before the query."""
 
@@ -55,7 +61,7 @@ def make_queries(
         picked = np.arange(len(starts))
     ends = np.r_[starts[1:], len(order)]
     positive = e.signals[:, SIGNALS.index(signal)] == 1
-    asked, relevant, seen = [], [], []
+    asked, relevant, cold, seen = [], [], [], []
     for i in picked:
         group = order[starts[i] : ends[i]]
         first = group[0]
@@ -66,9 +72,10 @@ def make_queries(
         if wanted.size:
             asked.append(first)
             relevant.append(wanted)
+            cold.append(_younger(dataset, wanted, int(e.ts_ms[first])))
             seen.append(before)
     at = np.array(asked, dtype=np.int64)
-    return Queries(e.user_row[at], e.ts_ms[at], e.day[at], e.surface[at], relevant, seen)
+    return Queries(e.user_row[at], e.ts_ms[at], e.day[at], e.surface[at], relevant, cold, seen)
 
 
 def query_inputs(dataset: Dataset, queries: Queries, at: np.ndarray) -> Inputs:
@@ -129,6 +136,19 @@ def index_top(index: VideoIndex, users_QD: np.ndarray, queries: Queries, eligibl
     )
 
 
+def popularity_lists(
+    dataset: Dataset, events: pl.DataFrame, signal: str, windows_days: Sequence[int | None]
+) -> dict[str, np.ndarray]:
+    """Eligible video rows by positives of the signal, best first, by name of the list: one for each window at the end
+    of `events`, None for all of them."""
+    lists = {}
+    for days in windows_days:
+        rows = dataset.videos.rows_of(popular_videos(events, signal, len(dataset.videos), days=days))
+        name = "whole log" if days is None else f"last {days} day{'s' if days > 1 else ''}"
+        lists[f"popularity, {name}"] = rows[dataset.eligible[rows]]
+    return lists
+
+
 def popular_top(popular_rows: np.ndarray, queries: Queries, k: int) -> np.ndarray:
     """Rows (Q, k) of the most popular unseen videos, the same order for everybody; -1 where the list ran out."""
     out = np.full((len(queries), k), -1, np.int64)
@@ -163,8 +183,8 @@ def evaluate_retrieval(
     found = np.mean([np.isin(exact[q, :k0], through[q, :k0]).mean() for q in range(len(probe))])
     catalogue = int(dataset.eligible.sum())
     rows = [
-        _row(TOWERS, exact, queries, ks, catalogue),
-        *(_row(name, popular_top(rows, queries, k), queries, ks, catalogue) for name, rows in popularity.items()),
+        method_row(TOWERS, exact, queries, ks, catalogue),
+        *(method_row(name, popular_top(rows, queries, k), queries, ks, catalogue) for name, rows in popularity.items()),
     ]
     rows.append({"name": "chance", **{f"recall@{k}": min(1.0, k / catalogue) for k in ks}, "coverage": None})
     return {
@@ -174,7 +194,7 @@ def evaluate_retrieval(
         "catalogue": catalogue,
         "rows": rows,
         "index_recall": {"k": k0, "queries": len(probe), "of_exact": float(found)},
-        "through_index": _row("two towers, index", through, probe, ks, catalogue),
+        "through_index": method_row("two towers, index", through, probe, ks, catalogue),
     }
 
 
@@ -188,16 +208,24 @@ def popularity_recall(retrieval: dict, k: int) -> float:
     return max(row[f"recall@{k}"] for row in retrieval["rows"] if row["name"].startswith("popularity"))
 
 
-def _row(name: str, top_QK: np.ndarray, queries: Queries, ks: Sequence[int], catalogue: int) -> dict:
-    recall = recall_at_k(top_QK, queries.relevant, ks)
+def method_row(name: str, top_QK: np.ndarray, queries: Queries, ks: Sequence[int], catalogue: int) -> dict:
+    """Recall at each of `ks` (of all relevant videos, and of the cold ones; None without any), then at the least of
+    them the share of the catalogue that was returned and how unevenly."""
+    recall, cold = recall_at_k(top_QK, queries.relevant, ks), recall_at_k(top_QK, queries.cold, ks)
     shown = top_QK[:, : min(ks)]
     exposures = np.unique(shown[shown > 0], return_counts=True)[1]
     return {
         "name": name,
         **{f"recall@{k}": recall[k] for k in ks},
+        **{f"cold@{k}": cold[k] if cold[k] == cold[k] else None for k in ks},
         "coverage": coverage(shown, catalogue),
         "gini": gini(np.pad(exposures, (0, catalogue - len(exposures)))),
     }
+
+
+def _younger(dataset: Dataset, rows: np.ndarray, now_ms: int) -> np.ndarray:
+    upload_ms = dataset.upload_ts_ms[rows]
+    return rows[(upload_ms >= 0) & (upload_ms <= now_ms) & (now_ms - upload_ms < COLD_MS)]
 
 
 def _first(queries: Queries, n: int) -> Queries:

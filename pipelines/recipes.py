@@ -147,7 +147,7 @@ def world_small() -> Recipe:
         world_smoke(),
         name="world-small",
         spec=world_spec(user_rows=1 << 18, video_rows=1 << 19, author_rows=1 << 16),
-        towers_train=TrainConfig(epochs=1, batch_size=64, lr_dense=3e-3),
+        towers_train=TrainConfig(epochs=2, batch_size=64, lr_dense=3e-3, patience=1),
         ranker_train=TrainConfig(epochs=2, batch_size=1024, lr_dense=3e-3, patience=1),
     )
 
@@ -195,13 +195,11 @@ def kuairand_pure() -> Recipe:
         name="kuairand-pure",
         spec=kuairand_spec(),
         split=SplitConfig(test_days=4, validation_days=1),
-        retrieval_signal="click",
         feed=FeedConfig(
             surfaces=tuple(f"tab{i}" for i in (1, 0, 2, 4, 5, 6, 3, 7, 8, 9, 10, 11, 12, 13, 14)),
             popular_segment="onehot_feat0",
         ),
-        towers=TowerConfig(positives=("click",)),
-        towers_train=TrainConfig(epochs=8, batch_size=64, lr_dense=2e-3, patience=2),
+        towers_train=TrainConfig(epochs=4, batch_size=64, lr_dense=2e-3, patience=1),
         ranker=RankerConfig(
             embedding_dim=8,
             bottom_widths=(32, 16),

@@ -28,7 +28,6 @@ from features.schema import SIGNALS
 from features.spec import Categorical
 from pipelines import ingest as ingestion
 from pipelines.adapters import Adapter
-from pipelines.baselines import popular_videos
 from pipelines.cluster import spread, usable_cpus
 from pipelines.console import Stage
 from pipelines.embed import Catalogue, Embedded, embed
@@ -43,6 +42,7 @@ from pipelines.evaluate_ranking import (
 from pipelines.evaluate_retrieval import (
     evaluate_retrieval,
     make_queries,
+    popularity_lists,
     popularity_recall,
     tower_recall,
     user_vectors,
@@ -141,7 +141,12 @@ def evaluate(ws: Workspace, stage: Stage, oracle: Oracle | None = None) -> dict:
         Towers.load(ws.towers),
         vectors,
         vectors.vectors[np.arange(vectors.n_rows)],
-        _popularity(ws, dataset, events.filter(~pl.col("date").is_in(split.test))),
+        popularity_lists(
+            dataset,
+            events.filter(~pl.col("date").is_in(split.test)),
+            ws.recipe.retrieval_signal,
+            (*ws.recipe.popularity_baselines, None),
+        ),
         dates=split.test,
         signal=ws.recipe.retrieval_signal,
         ks=ws.recipe.recall_at,
@@ -308,17 +313,6 @@ def _channels(ws: Workspace, dataset: Dataset, index: VideoIndex, dates: tuple[s
     with TemporaryDirectory(dir=ws.root) as folder:
         answers = ask_sources(dataset, Towers.load(ws.towers), index, follows, ws.recipe, dates, Path(folder))
         return evaluate_channels(answers, ws.recipe.feed.blend)
-
-
-def _popularity(ws: Workspace, dataset: Dataset, events: pl.DataFrame) -> dict[str, np.ndarray]:
-    """Lists of eligible video rows by positives of the retrieved signal, best first, by name of the list."""
-    lists = {}
-    for days in (*ws.recipe.popularity_baselines, None):
-        ids = popular_videos(events, ws.recipe.retrieval_signal, len(dataset.videos), days=days)
-        rows = dataset.videos.rows_of(ids)
-        name = "whole log" if days is None else f"last {days} day{'s' if days > 1 else ''}"
-        lists[f"popularity, {name}"] = rows[dataset.eligible[rows]]
-    return lists
 
 
 def _live_metrics(registry: Registry) -> dict | None:

@@ -15,14 +15,14 @@ from candidate_gen.model import TowerConfig
 from candidate_gen.train import TowersTask
 from features.batch import to_batch
 from features.dataset import Dataset
-from features.schema import EVENTS, SIGNALS, VIDEOS
+from features.schema import EVENTS, SIGNALS, UNDATED, VIDEOS
 from features.spec import Categorical, Content, FeatureSpec, MultiValued, Numeric
 
 TOPICS, USERS, VIDEOS_N, EVENTS_PER_USER, DAY_MS = 5, 150, 300, 24, 86_400_000
 START_MS = 1_767_225_600_000
 DATES = ("2026-01-01", "2026-01-02", "2026-01-03", "2026-01-04")
 CONFIG = TowerConfig(
-    dim=18, embedding_dim=8, hidden=32, layers=1, heads=2, dropout=0.0, uniform_negatives=64, window_stride=8
+    dim=18, embedding_dim=8, hidden=32, layers=1, heads=2, dropout=0.0, full_softmax_up_to=0, window_stride=8
 )
 
 
@@ -75,8 +75,15 @@ def planted_uploads() -> tuple[Dataset, np.ndarray]:
     return dataset, np.concatenate([[False], hit])
 
 
-def dataset_of(*, content: np.ndarray, upload_ts_ms: np.ndarray, events: tuple[np.ndarray, ...]) -> Dataset:
-    """Events are (user, video, ts_ms, long_view) columns, users and videos by number; every 50th is not eligible."""
+def dataset_of(
+    *,
+    content: np.ndarray,
+    upload_ts_ms: np.ndarray,
+    events: tuple[np.ndarray, ...],
+    undated: tuple[np.ndarray, ...] | None = None,
+) -> Dataset:
+    """Events are (user, video, ts_ms, long_view) columns, undated ones (user, video, position, long_view), users and
+    videos by number; every 50th video is not eligible."""
     rng = np.random.default_rng(7)
     user, video, ts_ms, long_view = events
     user_ids, video_ids, n = np.arange(USERS) * 7 + 2**61, np.arange(VIDEOS_N) * 3 + 2**60, len(user)
@@ -100,12 +107,18 @@ def dataset_of(*, content: np.ndarray, upload_ts_ms: np.ndarray, events: tuple[n
     columns |= {signal: np.zeros(n, np.int8) for signal in SIGNALS}
     columns["long_view"] = long_view.astype(np.int8)
     table = pa.table(columns).cast(EVENTS)
+    before = None
+    if undated is not None:
+        user, video, position, undated_long_view = undated
+        before = {signal: np.zeros(len(user), np.int8) for signal in SIGNALS}
+        before |= {"user_id": user_ids[user], "video_id": video_ids[video], "position": position}
+        before = pa.table(before | {"long_view": undated_long_view.astype(np.int8)}).select(UNDATED.names).cast(UNDATED)
     return Dataset.build(
         planted_spec(),
         users=pa.table({"user_id": user_ids}),
         videos=videos,
         events=table.append_column("date", pa.array([DATES[day] for day in (ts_ms - START_MS) // DAY_MS])),
-        undated=None,
+        undated=before,
         train_dates=DATES[:3],
     )
 

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from typing import cast
 
 import numpy as np
 import pytest
 import torch
 
+from candidate_gen.encoder import LAYERS
 from candidate_gen.infer import Towers
-from candidate_gen.model import TowerConfig
+from candidate_gen.model import TowerConfig, TowersModel
 from candidate_gen.train import TowersTask, features_at, index_instant
 from features.batch import to_batch, to_kjt
 from features.dataset import Dataset
 from features.history import HistoryLog
 from features.inputs import Inputs, UserRows, assemble
+from features.schema import SIGNALS
 
 DATES = ("2026-01-01", "2026-01-02", "2026-01-03", "2026-01-04")
 
@@ -47,7 +50,7 @@ def target_vectors(task: TowersTask, towers: Towers, units: np.ndarray) -> tuple
     t = {name: torch.from_numpy(array) for name, array in collated.targets.items()}
     with torch.inference_mode():
         video_UD = model.encode_videos(batch.video, batch.video_dense_UD)
-        users = model.encode_users(batch, video_UD, batch.owner_N, t["position_N"], t["surface_N"], t["gap_N"])
+        users = model.encode_users(batch, video_UD, batch.owner_N, t["position_N"], t["surface_N"])
         users = model.place_users(users)
     return users.numpy(), collated.targets["position_N"]
 
@@ -106,10 +109,22 @@ def test_a_known_only_row_0_and_a_dropped_id_mean_the_same(planted) -> None:
     assert not np.allclose(as_unknown, vectors_of(planted.towers, d, rows), atol=1e-3)
 
 
-def test_changing_events_at_or_after_a_target_changes_nothing_before_it(planted) -> None:
-    d, task = planted.dataset, planted.task
-    units = task.train_units()
-    vectors, position = target_vectors(task, planted.towers, units)
+def scattered_towers(task: TowersTask) -> Towers:
+    """Untrained towers none of whose weights is 0, as time biases are at first."""
+    torch.manual_seed(3)
+    model = cast(TowersModel, task.build())
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    return Towers(model)
+
+
+@pytest.mark.parametrize("encoder", [*LAYERS, "none"])
+def test_changing_events_at_or_after_a_target_changes_nothing_before_it(planted, encoder: str) -> None:
+    d = planted.dataset
+    task = TowersTask(d, replace(planted.task.config, encoder=encoder), DATES[:3], DATES[3:])
+    towers, units = scattered_towers(task), task.train_units()
+    vectors, position = target_vectors(task, towers, units)
     e, log = d.examples, d.history
     # Every event from the cut on becomes another video with other feedback.
     cut_ms = int(np.quantile(e.ts_ms, 0.4))
@@ -121,8 +136,8 @@ def test_changing_events_at_or_after_a_target_changes_nothing_before_it(planted)
         watch_fraction=np.where(later, 1.5, log.watch_fraction).astype(np.float32),
     )
     other = TowersTask(replace(d, history=changed), task.config, DATES[:3], DATES[3:])
-    after, _ = target_vectors(other, planted.towers, units)
-    ts_ms = e.ts_ms[task._train.target]
+    after, _ = target_vectors(other, towers, units)
+    ts_ms = task._train.targets.asked_ms
     assert position.max() > 0
     assert (ts_ms <= cut_ms).sum() > 100
     assert np.allclose(vectors[ts_ms <= cut_ms], after[ts_ms <= cut_ms], atol=1e-6)
@@ -134,23 +149,42 @@ def test_events_of_one_instant_do_not_see_each_other(planted) -> None:
     e, task = planted.dataset.examples, planted.task
     collated = task.collate(task.train_units(), seed=0)
     start_ms = e.ts_ms.min()
-    at_start = e.ts_ms[task._train.target] == start_ms
+    at_start = task._train.targets.asked_ms == start_ms
     assert at_start.sum() > 20
     assert (collated.targets["position_N"][at_start] == 0).all()
 
 
-def test_training_and_serving_compute_the_same_user_vector(planted) -> None:
-    d, task = planted.dataset, planted.task
-    vectors, _ = target_vectors(task, planted.towers, task.validation_units())
-    rows = task._validation.target
-    e = d.examples
-    served = planted.towers.user_vectors(d.inputs(rows))
+@pytest.mark.parametrize("encoder", [*LAYERS, "none"])
+def test_training_and_serving_compute_the_same_user_vector(planted, encoder: str) -> None:
+    d = planted.dataset
+    task = TowersTask(d, replace(planted.task.config, encoder=encoder), DATES[:3], DATES[3:])
+    towers = scattered_towers(task)
+    vectors, held = target_vectors(task, towers, task.validation_units())
+    e, rows = d.examples, d.rows_on(DATES[3:])
+    rows = rows[e.signals[rows, SIGNALS.index("long_view")] == 1]
+    rows = rows[np.lexsort((e.history_end[rows], e.user_row[rows]))]  # as the windows hold them
+    served = towers.user_vectors(d.inputs(rows))
     # A window of training may hold up to `stride` events less than the L that serving sees.
-    held = task.collate(task.validation_units(), seed=0).targets["position_N"]
     available = e.history_end[rows] - d.history.user_start[e.user_row[rows]]
     full = held == np.minimum(available, d.encoder.spec.history_length)
     assert full.sum() > 20
     assert np.allclose(vectors[full], served[full], atol=1e-5)
+
+
+@pytest.mark.parametrize("encoder", ["ligr", "hstu"])
+def test_gaps_between_events_and_to_the_request_move_the_user_vector(planted, encoder: str) -> None:
+    d = planted.dataset
+    towers = scattered_towers(TowersTask(d, replace(planted.task.config, encoder=encoder), DATES[:3], DATES[3:]))
+    rows, end_ms = np.arange(1, 30), int(d.examples.ts_ms.max()) + 1
+    asked = towers.user_vectors(contexts(d, rows, end_ms))
+    later = towers.user_vectors(contexts(d, rows, end_ms + 3 * 86_400_000))
+    # The same events, the last of them at its time, those before it ten times as far back from it.
+    log = d.history
+    last_ms = log.ts_ms[np.repeat(log.user_start[1:] - 1, np.diff(log.user_start))]
+    spread = replace(log, ts_ms=last_ms - 10 * (last_ms - log.ts_ms))
+    stretched = towers.user_vectors(contexts(d, rows, end_ms, history=spread))
+    for moved in (later, stretched):
+        assert (np.abs(moved - asked).max(axis=1) > 1e-4).all()
 
 
 def test_two_users_in_a_batch_get_what_each_gets_alone(planted) -> None:
@@ -218,8 +252,42 @@ def test_every_positive_impression_of_the_dates_is_a_target_once_and_only_eligib
     assert not ineligible & {int(row) for seed in range(20) for row in task._draw_negatives(e.ts_ms[:9], seed)[0]}
 
 
+def test_the_full_softmax_trains_the_very_scores_that_the_index_ranks_by(planted) -> None:
+    d = planted.dataset
+    exact = TowersTask(d, replace(planted.task.config, full_softmax_up_to=300), DATES[:3], DATES[3:])
+    units = exact.validation_units()[:40]
+    collated, t = exact.collate(units, seed=0), exact._validation.targets
+    model = planted.towers._model
+    with torch.inference_mode():
+        targets = {name: torch.from_numpy(array) for name, array in collated.targets.items()}
+        found = float(model(to_batch(collated.inputs), targets)["loss"])
+    users, _ = target_vectors(exact, planted.towers, units)
+    scale = np.sqrt(2 * (1 + model.config.prior_bound**2)) / model.config.temperature  # products are cosines over this
+    scores = scale * users @ vectors_of(planted.towers, d, np.arange(len(d.videos) + 1)).T
+    losses = []
+    for n in range(exact._validation.start[40]):
+        own = t.video_row[: len(scores)][t.user_row[: len(scores)] == t.user_row[n]]
+        others = np.setdiff1d(np.flatnonzero(d.eligible), own)
+        positive = scores[n, t.video_row[n]]
+        losses.append(np.log(np.exp(positive) + np.exp(scores[n, others]).sum()) - positive)
+    assert len(losses) > 40
+    assert abs(found - np.mean(losses)) < 1e-4
+
+
+def test_without_content_a_video_is_its_id_alone(planted) -> None:
+    d, rows = planted.dataset, np.arange(len(planted.dataset.videos) + 1)
+    towers = scattered_towers(TowersTask(d, replace(planted.task.config, content=False), DATES[:3], DATES[3:]))
+    sparse = d.videos.sparse.copy()
+    sparse[:, d.videos.columns.slice("author_id")] = 1
+    other = replace(d, videos=replace(d.videos, sparse=sparse, dense=d.videos.dense + 1))
+    assert np.array_equal(vectors_of(towers, d, rows), vectors_of(towers, other, rows))
+    assert not np.allclose(vectors_of(planted.towers, d, rows), vectors_of(planted.towers, other, rows), atol=1e-2)
+
+
 def test_a_config_names_the_field_that_is_wrong() -> None:
     with pytest.raises(ValueError, match=r"positives.*no signals"):
         TowerConfig(positives=("applause",))
+    with pytest.raises(ValueError, match=r"encoder 'lstm'.*ligr"):
+        TowerConfig(encoder="lstm")
     with pytest.raises(ValueError, match="not a multiple of heads"):
         TowerConfig(dim=12, heads=4)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from candidate_gen.loss import sampled_softmax
+from candidate_gen.loss import full_softmax, sampled_softmax
 
 NONE = torch.zeros(0, dtype=torch.int64)
 
@@ -30,11 +30,42 @@ def loss_of(users: torch.Tensor, videos: torch.Tensor, positive: list[int], unif
     return float(sampled_softmax(users, videos, **{**settings, **options})["loss"])
 
 
-def test_all_videos_as_uniform_negatives_give_the_exact_softmax() -> None:
-    users, videos, positive = vectors(4, 1), vectors(30, 2), [3, 7, 7, 29]
-    logits = (users.numpy() @ videos.numpy().T).astype(np.float64) / 0.1
-    exact = np.mean([np.log(np.exp(logits[n]).sum()) - logits[n, p] for n, p in enumerate(positive)])
-    assert abs(loss_of(users, videos, positive, torch.arange(30), in_batch=False) - exact) < 1e-5
+def test_all_videos_drawn_once_give_the_full_softmax() -> None:
+    # One user whose positive is video 3, all 30 videos drawn uniformly: e^s over the sum of all 30.
+    users, videos = vectors(1, 1), vectors(30, 2)
+    logits = (users.numpy() @ videos.numpy().T).astype(np.float64)[0] / 0.1
+    exact = np.log(np.exp(logits).sum()) - logits[3]
+    assert abs(loss_of(users, videos, [3], torch.arange(30)) - exact) < 1e-5
+
+
+def test_the_full_softmax_is_over_what_was_uploaded_less_what_the_owner_liked() -> None:
+    # 6 videos by upload time 5 1 4 0 2 3. Rows 0 and 1 belong to one owner, who liked 1 and 4; row 2 to another.
+    users, videos, catalogue = vectors(3, 1), vectors(6, 2), [5, 1, 4, 0, 2, 3]
+    prior_NX = torch.from_numpy(np.random.default_rng(3).normal(size=(3, 6)).astype(np.float32) * 0.1)
+    positive, uploaded = [1, 4, 2], [4, 6, 5]
+    at = [catalogue.index(p) for p in positive]
+    prior_N = prior_NX[torch.arange(3), torch.tensor(at)]
+    found = full_softmax(
+        users,
+        videos,
+        positive_N=torch.tensor(positive),
+        owner_N=torch.tensor([0, 0, 1]),
+        catalogue_X=torch.tensor(catalogue),
+        uploaded_N=torch.tensor(uploaded),
+        prior_N=prior_N,
+        prior_NX=prior_NX,
+        temperature=0.1,
+    )
+    score = ((users @ videos[catalogue].T + prior_NX) / 0.1).double().numpy()
+    against = [[5, 0], [5, 0, 2, 3], [5, 1, 4, 0]]  # row 0 asked when 5 1 4 0 were there, of which 1 and 4 are liked
+    losses, hits = [], []
+    for n, others in enumerate(against):
+        columns = [catalogue.index(v) for v in others]
+        total = np.exp(score[n, at[n]]) + np.exp(score[n, columns]).sum()
+        losses.append(np.log(total) - score[n, at[n]])
+        hits.append(score[n, at[n]] > score[n, columns].max())
+    assert abs(float(found["loss"]) - np.mean(losses)) < 1e-5
+    assert abs(float(found["hit_rate"]) - np.mean(hits)) < 1e-6
 
 
 def test_a_prior_is_added_to_the_cosine_of_its_own_video() -> None:

@@ -28,8 +28,8 @@ from candidate_gen.index.stored import StoredVectors, create
 from candidate_gen.index.trained import Trained
 
 NAME = "reelrank"
-PROBES = (8, 12, 16, 24, 32, 40, 48, 64, 96, 128, 192, 256)
-REFINE = (1, 2, 3, 4, 6, 8)
+PROBES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64)
+REFINE = (1, 2, 3, 4)
 SHARD = 1_000_000
 
 

@@ -115,6 +115,17 @@ def test_the_planned_index_fits():
     assert "designs keep every limit" in shown.stdout
 
 
+def test_the_sequential_benchmark_reads_the_file_movielens_ships(tmp_path: Path):
+    words = readme_command("sequential")
+    ratings = tmp_path / words[words.index("--data") + 1]
+    ratings.write_text("".join(f"{u}::{1 + (u + i) % 30}::5::{i}\n" for u in range(1, 41) for i in range(8)))
+    words[words.index("--data") + 1] = str(ratings)
+    words[words.index("--seeds") + 1] = "1"
+    shown = reelrank([*words, "--set", "train.epochs=1", "--run", str(tmp_path / "run")])
+    assert shown.returncode == 0, shown.stderr
+    assert "ml-1m: test items, whole catalogue ranked" in shown.stdout
+
+
 def test_serve_and_doctor_are_the_commands_that_exist():
     assert reelrank([readme_command("serve")[0], "--help"]).returncode == 0
     assert {"serve", "--registry", "--port"} <= set(readme_command("serve"))

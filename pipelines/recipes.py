@@ -124,6 +124,8 @@ def world_smoke() -> Recipe:
         name="world-smoke",
         spec=world_spec(user_rows=1 << 15, video_rows=1 << 16, author_rows=1 << 14),
         feed=FeedConfig(surfaces=("feed",), popular_segment="declared_topic"),
+        # In two epochs the sampled softmax finds more than the exact one (.838 against .827, validation), for less.
+        towers=TowerConfig(full_softmax_up_to=0),
         towers_train=TrainConfig(epochs=2, batch_size=32, lr_dense=3e-3, patience=1),
         ranker_train=TrainConfig(epochs=2, batch_size=256, lr_dense=3e-3, patience=1),
         popular_days=1,

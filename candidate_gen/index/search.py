@@ -43,6 +43,8 @@ class RowFilter:
     count: int
     everything: bool
     """No indexed row is left out: nothing needs to be tested."""
+    rows: np.ndarray | None = None
+    """The rows themselves where they are few, so that a scan of just these need not look for them."""
 
 
 class VideoIndex:
@@ -114,17 +116,18 @@ class VideoIndex:
         """The same index in another folder (created)."""
         shutil.copytree(self.folder, folder)
 
-    def allow(self, rows: np.ndarray) -> RowFilter:
+    def allow(self, passing: np.ndarray) -> RowFilter:
         """A filter from a bool a row (V,) or its packed bits (V / 8,) uint8, for as many searches as wanted."""
-        if rows.dtype == bool:
-            if len(rows) != self.n_rows:
-                raise ValueError(f"`allowed` has {len(rows)} rows, the index {self.n_rows}")
-            rows = np.packbits(rows, bitorder="little")
-        if len(rows) != len(self.everything.bits):
-            raise ValueError(f"`allowed` has {8 * len(rows)} bits, the index {self.n_rows} rows")
-        bits = rows & self.everything.bits
+        if passing.dtype == bool:
+            if len(passing) != self.n_rows:
+                raise ValueError(f"`allowed` has {len(passing)} rows, the index {self.n_rows}")
+            passing = np.packbits(passing, bitorder="little")
+        if len(passing) != len(self.everything.bits):
+            raise ValueError(f"`allowed` has {8 * len(passing)} bits, the index {self.n_rows} rows")
+        bits = passing & self.everything.bits
         count = int(np.bitwise_count(bits).sum())
-        return RowFilter(bits, count, everything=count == len(self))
+        rows = _rows_of(bits) if count <= 2 * self.config.exact_below else None
+        return RowFilter(bits, count, count == len(self), rows)
 
     def search(
         self,
@@ -210,7 +213,9 @@ class VideoIndex:
         """Exact search of the allowed rows, in pieces that fit the cache and the memory."""
         n = len(query_QD)
         best = np.full((n, k), -1, np.int64), np.full((n, k), -np.inf, np.float32)
-        rows = np.setdiff1d(_rows_of(allowed.bits), excluded, assume_unique=True)
+        rows = _rows_of(allowed.bits) if allowed.rows is None else allowed.rows
+        if len(excluded):
+            rows = np.setdiff1d(rows, excluded, assume_unique=True)
         for start in range(0, len(rows), SCAN_BLOCK):
             piece = rows[start : start + SCAN_BLOCK]
             best = _merge(best, piece, query_QD @ self.vectors[piece].T)

@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +32,7 @@ NAME = "reelrank"
 PROBES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64)
 REFINE = (1, 2, 3, 4)
 SHARD = 1_000_000
+CONFIG = IndexConfig(stored="int8")
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,12 +63,16 @@ class CorpusShards:
 
 
 def build(corpus: Corpus, n: int, folder: Path) -> dict[str, float]:
-    """Index the first n videos into `folder`, shards encoded by two processes of one thread; wall seconds by stage."""
-    os.environ.update(OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1")  # for the processes started below
-    shards, told = CorpusShards(corpus.folder, n), _Teller()
-    with ProcessPoolExecutor(THREADS, mp_context=multiprocessing.get_context("spawn")) as pool:
-        query_QD = corpus.train_queries(10_000)
-        build_index(shards, n + 1, IndexConfig(), folder, query_QD=query_QD, parallel=pool.map, on_progress=told)
+    """Index the first n videos into `folder`, vectors stored as int8; wall seconds by stage. One shard is encoded by
+    this process on two threads, several by two processes of one thread."""
+    shards, query_QD = CorpusShards(corpus.folder, n), corpus.train_queries(10_000)
+    build_it = partial(build_index, shards, n + 1, CONFIG, folder, query_QD=query_QD, on_progress=_Teller())
+    if len(shards.counts) == 1:
+        build_it()
+    else:
+        os.environ.update(OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1")  # for the processes started below
+        with ProcessPoolExecutor(THREADS, mp_context=multiprocessing.get_context("spawn")) as pool:
+            build_it(parallel=pool.map)
     return json.loads((folder / "index.json").read_text())["build_s"]
 
 

@@ -333,7 +333,11 @@ def _fsync_folder(folder: Path) -> None:
 
 
 def _newest_mtime(folder: Path) -> float:
-    times = [folder.lstat().st_mtime]
-    for parent, folders, files in os.walk(folder):
-        times += [Path(parent, name).lstat().st_mtime for name in [*folders, *files]]
+    """Of the folder and all in it; now where something vanished meanwhile: its publisher has just renamed it."""
+    try:
+        times = [folder.lstat().st_mtime]
+        for parent, folders, files in os.walk(folder):
+            times += [Path(parent, name).lstat().st_mtime for name in [*folders, *files]]
+    except FileNotFoundError:
+        return time.time()
     return max(times)

@@ -29,6 +29,7 @@ def answers() -> Answers:
         day_Q=np.zeros(3, np.int64),
         surface_Q=np.zeros(3, np.int64),
         relevant=[np.array([1, 5]), np.array([2, 10, 11]), np.array([11])],
+        cold=[np.zeros(0, np.int64), np.array([10]), np.zeros(0, np.int64)],
         seen=[np.arange(9), np.zeros(0, np.int64), np.arange(40)],
     )
     return Answers(

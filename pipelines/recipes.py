@@ -124,8 +124,8 @@ def world_smoke() -> Recipe:
         name="world-smoke",
         spec=world_spec(user_rows=1 << 15, video_rows=1 << 16, author_rows=1 << 14),
         feed=FeedConfig(surfaces=("feed",), popular_segment="declared_topic"),
-        # On the validation day sampled negatives find more than the exact softmax (.838 against .827), and the mean of a
-        # history more than its order (.844): this world's users drift, they have no sequences.
+        # On the validation day sampled negatives find more than the exact softmax (.838 against .827), and the mean of
+        # a history more than its order (.844): this world's users drift, they have no sequences.
         towers=TowerConfig(full_softmax_up_to=0, encoder="none"),
         towers_train=TrainConfig(epochs=2, batch_size=32, lr_dense=3e-3, patience=1),
         ranker_train=TrainConfig(epochs=2, batch_size=256, lr_dense=3e-3, patience=1),

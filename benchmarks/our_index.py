@@ -22,7 +22,7 @@ from benchmarks.building import THREADS, Rate
 from benchmarks.vectors import Corpus
 from candidate_gen.index import IndexConfig, Progress, RowFilter, VideoIndex
 from candidate_gen.index import build as build_index
-from candidate_gen.index.build import describe
+from candidate_gen.index.build import describe, digests
 from candidate_gen.index.lists import Piece, write_lists
 from candidate_gen.index.shards import sample
 from candidate_gen.index.stored import StoredVectors, create
@@ -120,10 +120,10 @@ def build_layout(corpus: Corpus, n: int, folder: Path) -> dict[str, float]:
     indexed = np.ones(n + 1, bool)
     indexed[0] = False
     np.save(folder / "indexed.npy", np.packbits(indexed, bitorder="little"), allow_pickle=False)
-    names = sorted(path.name for path in folder.iterdir())
+    files = digests(folder, sorted(path.name for path in folder.iterdir()))
     described = {"kind": "ivf", "videos": n, "n_rows": n + 1, "lists": lists, "config": asdict(config)}
     seconds = {"train": trained_at - start, "draw and write": time.perf_counter() - trained_at}
-    describe(folder, {**described, "build_s": seconds}, names)
+    describe(folder, {**described, "files": files, "build_s": seconds})
     return seconds
 
 

@@ -12,7 +12,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -53,23 +53,20 @@ class Progress:
         return f"{self.stage}: {self.done:,} of {self.total:,} videos, {rate:,.0f}/s, {_human_s(left_s)} left"
 
 
-@dataclass(slots=True)
 class _Watch:
     """Tells progress and keeps the wall time of each stage."""
 
-    tell: Callable[[Progress], None]
-    seconds: dict[str, float] = field(default_factory=dict)
+    def __init__(self, tell: Callable[[Progress], None]) -> None:
+        self._tell = tell
+        self.seconds: dict[str, float] = {}
 
     def stage(self, name: str) -> None:
-        self.seconds[name], self._began, self._name = 0.0, time.perf_counter(), name
+        self._name, self._began = name, time.perf_counter()
         self.say()
-
-    _began: float = 0.0
-    _name: str = ""
 
     def say(self, done: int = 0, total: int = 0, text: str = "") -> None:
         self.seconds[self._name] = time.perf_counter() - self._began
-        self.tell(Progress(text or self._name, done, total, self.seconds[self._name]))
+        self._tell(Progress(text or self._name, done, total, self.seconds[self._name]))
 
 
 def build(
@@ -94,7 +91,7 @@ def build(
         raise ValueError("no vectors to index: the catalogue has no eligible video")
     folder.mkdir(parents=True, exist_ok=True)
     watch, kind = _Watch(on_progress), config.kind_for(videos)
-    work = _work_folder(folder, shards, n_rows, config)
+    work = _work_folder(folder, shards, n_rows, config, query_QD)
     lists = config.lists_for(videos) if kind == "ivf" else 0
     if not (work / "trained.json").exists():
         _train(work, shards, n_rows, lists, config, query_QD, trained, watch)
@@ -106,24 +103,34 @@ def build(
     watch.stage("merge")
     names = _merge(work, folder, shards, n_rows, kind, watch)
     watch.say()
+    watch.stage("hash")
+    files = digests(folder, names)
+    watch.say()
     described = {"kind": kind, "videos": videos, "n_rows": n_rows, "lists": lists, "config": asdict(config)}
-    describe(folder, {**described, "build_s": {name: round(s, 3) for name, s in watch.seconds.items()}}, names)
+    seconds = {name: round(s, 3) for name, s in watch.seconds.items()}
+    describe(folder, {**described, "files": files, "build_s": seconds})
     shutil.rmtree(work)
 
 
-def describe(folder: Path, described: dict[str, Any], names: Sequence[str]) -> None:
-    """Write index.json with the hash of each file and of itself; with it the index is complete."""
-    described = {**described, "format": FORMAT, "files": {name: _digest(folder / name) for name in names}}
+def digests(folder: Path, names: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """Size and sha256 of each file."""
+    return {name: _digest(folder / name) for name in names}
+
+
+def describe(folder: Path, described: dict[str, Any]) -> None:
+    """Write index.json with its own hash; with it the index is complete."""
+    described = {**described, "format": FORMAT}
     described["sha256"] = _digest_of(described)
     temporary = folder / "index.json.tmp"
     temporary.write_text(json.dumps(described, indent=2, sort_keys=True))
     os.replace(temporary, folder / "index.json")
 
 
-def _work_folder(folder: Path, shards: Shards, n_rows: int, config: IndexConfig) -> Path:
+def _work_folder(folder: Path, shards: Shards, n_rows: int, config: IndexConfig, query_QD: np.ndarray | None) -> Path:
     """Unfinished work of the very same build, or an empty folder."""
     work = folder / "building"
-    wanted = json.dumps([FORMAT, shards.fingerprint, shards.counts, n_rows, asdict(config)])
+    asked = "" if query_QD is None else hashlib.sha256(np.ascontiguousarray(query_QD).tobytes()).hexdigest()
+    wanted = json.dumps([FORMAT, shards.fingerprint, shards.counts, n_rows, asdict(config), asked])
     mark = work / "build.json"
     if not (mark.exists() and mark.read_text() == wanted):
         shutil.rmtree(work, ignore_errors=True)

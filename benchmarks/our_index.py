@@ -33,6 +33,7 @@ PROBES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64)
 REFINE = (1, 2, 3, 4)
 SHARD = 1_000_000
 CONFIG = IndexConfig(stored="int8")
+"""Of the comparisons by memory and speed; by itself the index keeps up to two million vectors as float16."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,11 +63,11 @@ class CorpusShards:
         return np.arange(first + 1, last + 1), parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
-def build(corpus: Corpus, n: int, folder: Path) -> dict[str, float]:
-    """Index the first n videos into `folder`, vectors stored as int8; wall seconds by stage. One shard is encoded by
+def build(corpus: Corpus, n: int, folder: Path, config: IndexConfig = CONFIG) -> dict[str, float]:
+    """Index the first n videos into `folder`; wall seconds by stage. One shard is encoded by
     this process on two threads, several by two processes of one thread."""
     shards, query_QD = CorpusShards(corpus.folder, n), corpus.train_queries(10_000)
-    build_it = partial(build_index, shards, n + 1, CONFIG, folder, query_QD=query_QD, on_progress=_Teller())
+    build_it = partial(build_index, shards, n + 1, config, folder, query_QD=query_QD, on_progress=_Teller())
     if len(shards.counts) == 1:
         build_it()
     else:

@@ -27,6 +27,7 @@ from benchmarks import machine, measure, our_index
 from benchmarks.building import built
 from benchmarks.process import FreshProcess
 from benchmarks.vectors import Corpus, exact_answers, numbered
+from candidate_gen.index import IndexConfig
 from candidate_gen.index.check import exact_top
 
 SHARES = (0.5, 0.1, 0.01, 0.001)
@@ -63,7 +64,8 @@ def main() -> None:
     figures = {"machine": machine.describe_at_rest(PACKAGES, console)}
     corpus, n = Corpus.open(options.corpus), int(options.videos)
     figures |= {"videos": n, "dim": corpus.dim, "k": options.k, "queries": options.queries}
-    folder = built(our_index.NAME, our_index.build, corpus, n, options.work, console)["folder"]
+    name, config = f"{our_index.NAME} as it is by itself", IndexConfig()
+    folder = built(name, our_index.build, corpus, n, options.work, console, config)["folder"]
     query_QD = corpus.queries(options.queries)
     console.print("exact answers under every filter")
     cases = list(filters(corpus, n, query_QD, options.k, options.work))

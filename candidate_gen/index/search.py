@@ -166,13 +166,6 @@ class VideoIndex:
             return self._scan(query_QD, k, allowed, excluded)
         return self._search_lists(query_QD, k, expected, allowed, excluded, probes, rerank)
 
-    def recall_against_exact(self, query_QD: np.ndarray, k: int) -> float:
-        """Mean share of a query's exact k best, by the stored vectors, that `search` finds."""
-        exact_QK, _ = self._scan(np.ascontiguousarray(query_QD, np.float32), k, self.everything, _NONE)
-        found_QK, _ = self.search(query_QD, k)
-        pairs = zip(exact_QK, found_QK, strict=True)
-        return float(np.mean([np.isin(exact[exact >= 0], found).mean() for exact, found in pairs]))
-
     def _search_lists(
         self,
         query_QD: np.ndarray,

@@ -222,10 +222,11 @@ def test_an_index_can_take_over_the_lists_and_codes_of_another(tmp_path: Path) -
     x = videos(6000, 1)
     first = VideoIndex.build([(np.arange(1, 6001), x)], 6001, IndexConfig(kind="ivf", lists=40), tmp_path / "first")
     config = IndexConfig(kind="ivf", lists=40, exact_below=0)
-    build(Corpus(videos(2000, 3), 1), 2001, config, tmp_path / "second", trained=first.trained)
+    corpus = Corpus(videos(2000, 3), 1)
+    build(corpus, 2001, config, tmp_path / "second", trained=first.trained)
     second = VideoIndex(tmp_path / "second")
     assert np.array_equal(second.trained.clusters.centroid_LD, first.trained.clusters.centroid_LD)
-    assert second.recall_against_exact(videos(20, 4), 20) > 0.9
+    assert recall_against_shards(second, corpus, videos(20, 4), 20) > 0.9
 
 
 def test_what_the_index_loses_is_counted_against_the_vectors_it_was_built_from(tmp_path: Path) -> None:

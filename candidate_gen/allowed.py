@@ -71,8 +71,9 @@ class Eligibility:
 
     def __init__(self, eligible_V: np.ndarray, uploads: Uploads, max_age_h: float | None) -> None:
         self._uploads = uploads
-        self._max_age_ms = None if max_age_h is None else round(max_age_h * HOUR_MS)
-        self._n_eligible = int(np.sum(eligible_V))
+        self.max_age_ms = None if max_age_h is None else round(max_age_h * HOUR_MS)
+        self.n_eligible = int(np.sum(eligible_V))
+        """Whenever they are or were uploaded."""
         whole = (0, len(uploads.by_time))
         self._kept = [(whole, np.packbits(eligible_V, bitorder="little"))]
         self._lock = threading.Lock()
@@ -87,7 +88,7 @@ class Eligibility:
         return Shared(
             bits=self._bits(held_first, held_last),
             outside_rows=np.concatenate([by_time[held_first:first], by_time[last:held_last]]),
-            count=self._n_eligible - first - future,
+            count=self.n_eligible - first - future,
             not_yet_uploaded=future,
             too_old=first,
         )
@@ -95,9 +96,9 @@ class Eligibility:
     def _range(self, oldest_at_ms: int, newest_at_ms: int) -> tuple[int, int]:
         """Places in `by_time` of what is young enough at the first instant and uploaded by the second."""
         last = self._uploads.before(newest_at_ms + 1)
-        if self._max_age_ms is None:
+        if self.max_age_ms is None:
             return 0, last
-        return min(self._uploads.before(oldest_at_ms - self._max_age_ms), last), last
+        return min(self._uploads.before(oldest_at_ms - self.max_age_ms), last), last
 
     def _bits(self, first: int, last: int) -> np.ndarray:
         """The bitmap with exactly first .. last-1 of `by_time` set, made from the nearest one that is kept."""

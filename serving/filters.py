@@ -23,11 +23,14 @@ class Rules:
     query: Query
     excluded_rows: np.ndarray
     blocked_authors: np.ndarray
+    changes: int
+    """Of the bundle's videos, before any of them was looked at."""
 
     @classmethod
     def of(cls, bundle: FeedBundle, query: Query, excluded_video_ids: np.ndarray, blocked_authors: np.ndarray) -> Rules:
+        changes = bundle.changes
         excluded = np.unique(bundle.videos.rows_of(excluded_video_ids))
-        return cls(bundle, query, excluded[excluded > 0], np.unique(blocked_authors))
+        return cls(bundle, query, excluded[excluded > 0], np.unique(blocked_authors), changes)
 
     @property
     def oldest_ms(self) -> int | None:
@@ -46,7 +49,7 @@ class Rules:
         blocked = self.bundle.uploads.of(self.blocked_authors)
         allowed, (seen, excluded, own, blocked) = shared.without(self.seen_rows, self.excluded_rows, own, blocked)
         removed = {
-            "ineligible": len(self.bundle.videos) - self.bundle.n_eligible,
+            "ineligible": len(self.bundle.videos) - self.bundle.eligibility.n_eligible,
             "not_yet_uploaded": shared.not_yet_uploaded,
             "too_old": shared.too_old,
             "seen": seen,

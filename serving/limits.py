@@ -2,23 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
-from serving.messages import Event, FeedRequest
+import numpy as np
+import pyarrow as pa
+
+from serving.messages import Event, FeedRequest, Video
 
 MAX_K = 100
 MAX_POOL = 2_000
 """Candidates a Retrieve may ask for and a Rank may bring."""
 MAX_EXCLUSIONS = 10_000
 MAX_EVENTS = 1_000
+MAX_UPLOADS = 1_000
+MAX_REMOVALS = 10_000
+MAX_TAGS = 1_000
 MAX_REQUEST_ID = 128
 MAX_SLOT = 9_999
-MAX_MESSAGE_BYTES = 1 << 20
-"""Largest message the server reads; 10,000 exclusions and as many blocked authors are 160 kB."""
+MAX_MESSAGE_BYTES = 4 << 20
+"""Largest message the server reads; 10,000 exclusions and as many blocked authors are 160 kB, 1,000 uploads with
+512 numbers of content each 2 MB."""
 MAX_TS_MS = 253_402_300_799_000
 """The end of the year 9999: later instants have no calendar date to be stored under."""
 MAX_AHEAD_MS = 300_000
-"""An event may be this far ahead of the server's clock; later ones would lie in nobody's past for long."""
+"""An event or an upload may be this far ahead of the server's clock; later ones would lie in nobody's past for long."""
+NO_VIDEO_IDS = (0, -(2**63))
+"""Unset on the wire, and what pads a search's results."""
 
 
 class InvalidRequestError(ValueError):
@@ -56,6 +65,57 @@ def check_events(events: Sequence[Event], clock_ms: int) -> None:
             value = getattr(event, name)
             if value is not None:
                 check_range(f"{path}.{name}", value, 0, MAX_TS_MS)
+
+
+def check_uploads(
+    videos: Sequence[Video], clock_ms: int, width: int | None, columns: Mapping[str, pa.DataType]
+) -> None:
+    """Check an UpsertVideos; one bad video refuses the list, with its position in the field path.
+
+    `width` is that of the content which the models read, None when they read none; `columns` are those a video may
+    have beside its fields.
+    """
+    check_count("videos", len(videos), 1, MAX_UPLOADS)
+    for i, video in enumerate(videos):
+        path = f"videos[{i}]"
+        _check_video_id(f"{path}.video_id", video.video_id)
+        if video.upload_ts_ms is not None:
+            check_range(f"{path}.upload_ts_ms", video.upload_ts_ms, 0, clock_ms + MAX_AHEAD_MS)
+        if video.duration_ms is not None:
+            check_range(f"{path}.duration_ms", video.duration_ms, 0, MAX_TS_MS)
+        check_count(f"{path}.tags", len(video.tags), 0, MAX_TAGS)
+        if video.content is not None:
+            if width is not None and len(video.content) != width:
+                raise InvalidRequestError(f"{path}.content: {len(video.content)} numbers, this bundle reads {width}")
+            if not np.isfinite(video.content).all():
+                raise InvalidRequestError(f"{path}.content: holds numbers that are not finite")
+        for name, value in video.columns.items():
+            _check_column(f"{path}.columns", name, value, columns)
+
+
+def check_removals(video_ids: Sequence[int]) -> None:
+    """Check a RemoveVideos."""
+    check_count("video_ids", len(video_ids), 1, MAX_REMOVALS)
+    for i, video_id in enumerate(video_ids):
+        _check_video_id(f"video_ids[{i}]", video_id)
+
+
+def _check_video_id(field: str, video_id: int) -> None:
+    if video_id in NO_VIDEO_IDS:
+        raise InvalidRequestError(f"{field}: {video_id} names no video")
+
+
+def _check_column(field: str, name: str, value: str, columns: Mapping[str, pa.DataType]) -> None:
+    if name not in columns:
+        known = ", ".join(sorted(columns))
+        raise InvalidRequestError(f"{field}: {name[:64]!r} is no column of a video; there are {known}")
+    check_text(f"{field}[{name}]", value)
+    if pa.types.is_integer(columns[name]):
+        try:
+            number = int(value)
+        except ValueError:
+            raise InvalidRequestError(f"{field}[{name}]: {value!r} is not an integer") from None
+        check_range(f"{field}[{name}]", number, -(2**63), 2**63 - 1)
 
 
 def check_range(field: str, value: int, low: int, high: int) -> None:

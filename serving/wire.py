@@ -15,6 +15,7 @@ from serving.messages import (
     RankedResponse,
     ServedItem,
     StageStats,
+    Video,
 )
 from serving.protos.reelrank.v1 import feed_pb2 as pb
 
@@ -69,6 +70,32 @@ def write_event(event: Event) -> pb.Event:
     for signal, given in event.signals.items():
         setattr(message, signal, given)
     return message
+
+
+def read_video(message: pb.Video) -> Video:
+    return Video(
+        video_id=message.video_id,
+        author_id=message.author_id if message.HasField("author_id") else None,
+        upload_ts_ms=message.upload_ts_ms if message.HasField("upload_ts_ms") else None,
+        duration_ms=message.duration_ms if message.HasField("duration_ms") else None,
+        columns=dict(message.columns),
+        tags=tuple(message.tags),
+        content=np.array(message.content, np.float32) if message.content else None,
+        eligible=message.eligible if message.HasField("eligible") else True,
+    )
+
+
+def write_video(video: Video) -> pb.Video:
+    return pb.Video(
+        video_id=video.video_id,
+        author_id=video.author_id,
+        upload_ts_ms=video.upload_ts_ms,
+        duration_ms=video.duration_ms,
+        columns=video.columns,
+        tags=video.tags,
+        content=() if video.content is None else video.content.tolist(),
+        eligible=video.eligible,
+    )
 
 
 def write_feed_response(response: FeedResponse) -> pb.GetFeedResponse:

@@ -17,12 +17,9 @@ from features.spec import Content
 from features.transforms import Encoder
 from serving.bundle import FeedBundle
 from serving.catalogue import Slots
+from serving.limits import VIDEO_COLUMNS
 from serving.messages import Video
 
-_FIELDS = ("video_id", "author_id", "upload_ts_ms", "duration_ms", "tags", "content", "eligible")
-COLUMNS: dict[str, pa.DataType] = {column.name: column.type for column in VIDEOS if column.name not in _FIELDS}
-"""What a video may have in `columns`: all that the canonical table knows, for the next bundle may read what this one
-does not."""
 _log = logging.getLogger(__name__)
 
 
@@ -67,7 +64,7 @@ def _table(videos: Sequence[Video], width: int | None) -> pa.Table:
         columns["tags"].append(list(video.tags))
         fits = video.content is not None and len(video.content) == width
         columns["content"].append(video.content if fits else None)
-        for name, kind in COLUMNS.items():
+        for name, kind in VIDEO_COLUMNS.items():
             text = video.columns.get(name)
             columns[name].append(int(text) if text is not None and pa.types.is_integer(kind) else text)
     return pa.table({field.name: pa.array(columns[field.name], field.type) for field in VIDEOS}, schema=VIDEOS)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import pyarrow as pa
 
+from features.schema import VIDEOS
 from serving.messages import Event, FeedRequest, Video
 
 MAX_K = 100
@@ -26,6 +27,10 @@ MAX_TS_MS = 253_402_300_799_000
 """The end of the year 9999: later instants have no calendar date to be stored under."""
 MAX_AHEAD_MS = 300_000
 """An event or an upload may be this far ahead of the server's clock; later ones would lie in nobody's past for long."""
+_VIDEO_FIELDS = ("video_id", "author_id", "upload_ts_ms", "duration_ms", "tags", "content", "eligible")
+VIDEO_COLUMNS: dict[str, pa.DataType] = {field.name: field.type for field in VIDEOS if field.name not in _VIDEO_FIELDS}
+"""What a video may have in `columns`: all that the canonical table knows, for the next bundle may read what this one
+does not."""
 NO_VIDEO_IDS = (0, -(2**63))
 """Unset on the wire, and what pads a search's results."""
 
@@ -67,13 +72,10 @@ def check_events(events: Sequence[Event], clock_ms: int) -> None:
                 check_range(f"{path}.{name}", value, 0, MAX_TS_MS)
 
 
-def check_uploads(
-    videos: Sequence[Video], clock_ms: int, width: int | None, columns: Mapping[str, pa.DataType]
-) -> None:
+def check_uploads(videos: Sequence[Video], clock_ms: int, width: int | None) -> None:
     """Check an UpsertVideos; one bad video refuses the list, with its position in the field path.
 
-    `width` is that of the content which the models read, None when they read none; `columns` are those a video may
-    have beside its fields.
+    `width` is that of the content which the models read, None when they read none.
     """
     check_count("videos", len(videos), 1, MAX_UPLOADS)
     for i, video in enumerate(videos):
@@ -90,7 +92,7 @@ def check_uploads(
             if not np.isfinite(video.content).all():
                 raise InvalidRequestError(f"{path}.content: holds numbers that are not finite")
         for name, value in video.columns.items():
-            _check_column(f"{path}.columns", name, value, columns)
+            _check_column(f"{path}.columns", name, value)
 
 
 def check_removals(video_ids: Sequence[int]) -> None:
@@ -105,12 +107,12 @@ def _check_video_id(field: str, video_id: int) -> None:
         raise InvalidRequestError(f"{field}: {video_id} names no video")
 
 
-def _check_column(field: str, name: str, value: str, columns: Mapping[str, pa.DataType]) -> None:
-    if name not in columns:
-        known = ", ".join(sorted(columns))
+def _check_column(field: str, name: str, value: str) -> None:
+    if name not in VIDEO_COLUMNS:
+        known = ", ".join(sorted(VIDEO_COLUMNS))
         raise InvalidRequestError(f"{field}: {name[:64]!r} is no column of a video; there are {known}")
     check_text(f"{field}[{name}]", value)
-    if pa.types.is_integer(columns[name]):
+    if pa.types.is_integer(VIDEO_COLUMNS[name]):
         try:
             number = int(value)
         except ValueError:

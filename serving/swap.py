@@ -19,7 +19,7 @@ import numpy as np
 from candidate_gen.live import LiveConfig
 from features.artifacts import ArtifactError, Registry
 from serving.bundle import FeedBundle
-from serving.encode import COLUMNS, content_width
+from serving.encode import content_width
 from serving.feed import Feed
 from serving.golden import NAME, check
 from serving.limits import check_removals, check_uploads
@@ -64,7 +64,7 @@ class LiveFeed:
         cannot be one, and then keeps none."""
         with self._changing:
             clock_ms = self.feed.now_ms()
-            check_uploads(videos, clock_ms, content_width(self._live.known.encoder), COLUMNS)
+            check_uploads(videos, clock_ms, content_width(self._live.known.encoder))
             encoded = self._live.encode(videos)
             number = self._store.keep(Said(clock_ms, videos=tuple(videos))).result()
             outcome = self._live.put(*encoded)
@@ -130,7 +130,7 @@ class LiveFeed:
         """Changes that both versions were made with, and that are old enough for any version one would roll back to."""
         old = [c for c in self._store.changes(after=0) if c.acknowledged_ms < self.feed.now_ms() - KEPT_MS]
         both = np.flatnonzero(before.contains(old) & fresh.contains(old)).tolist()
-        self._store.forget([old[i].number for i in both])
+        self._store.forget([old[i].number for i in both]).result()
         _log.info(
             "%d uploads and removals are in bundles %s and %s: forgotten",
             len(both),

@@ -65,7 +65,11 @@ def measure(registry: Path, n_requests: int, n_clients: int) -> dict[str, Any]:
         int(np.load(bundle.path("history/history_ts_ms.npy"), mmap_mode="r", allow_pickle=False).max(initial=1)) + 1
     )
     asked = np.random.default_rng(1).choice(users, n_requests * 2).tolist()
-    with tempfile.TemporaryDirectory() as scratch, _server(registry, Path(scratch) / "events.sqlite") as (pid, address):
+    with (
+        tempfile.TemporaryDirectory() as scratch,
+        server(registry, Path(scratch) / "store.sqlite") as (process, address),
+    ):
+        pid = process.pid
         with FeedClient(address) as client:
             for user in asked[: n_requests // 4]:
                 client.get_feed(user, k=K, now_ms=now_ms)
@@ -174,14 +178,15 @@ def _figures(
 
 
 @contextmanager
-def _server(registry: Path, store: Path) -> Iterator[tuple[int, str]]:
+def server(registry: Path, store: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """`serving.server` on a registry, in a process of its own, and its address; ended at the end."""
     command = [sys.executable, "-c", SERVER, str(registry), str(store)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         try:
             line = process.stdout.readline() if process.stdout is not None else ""
             if not line:
                 raise RuntimeError(f"the server on {registry} did not start; its error is above")
-            yield process.pid, line.split()[0]
+            yield process, line.split()[0]
         finally:
             process.terminate()
 

@@ -76,7 +76,9 @@ class Arrivals:
         self.shown = self.shown.with_(rows_N, ts_ms_N)
         for author, rows in _by_author(rows_N, author_id_N):
             self._rows_of[author] = np.concatenate([self._rows_of.get(author, _NONE), rows])
-        self._authors = np.union1d(self._authors, author_id_N[author_id_N != 0])
+        authors = np.unique(author_id_N[author_id_N != 0])
+        fresh = authors[~_among(self._authors, authors)]
+        self._authors = np.insert(self._authors, np.searchsorted(self._authors, fresh), fresh)
 
     def drop(self, rows_N: np.ndarray, ts_ms_N: np.ndarray, author_id_N: np.ndarray) -> None:
         """Rows that were shown, with the times and authors they had."""
@@ -91,12 +93,16 @@ class Arrivals:
 
     def of(self, authors: np.ndarray) -> np.ndarray:
         """Shown rows by these authors."""
-        known = self._authors
-        if not len(known) or not len(authors):
-            return _NONE
-        at = np.minimum(np.searchsorted(known, authors), len(known) - 1)
-        found = np.asarray(authors)[known[at] == authors]
+        found = authors[_among(self._authors, authors)]
         return np.concatenate([_NONE, *(self._rows_of[author] for author in found.tolist())])
+
+
+def _among(sorted_M: np.ndarray, values_N: np.ndarray) -> np.ndarray:
+    """(N,) bool: which values are in the sorted array."""
+    if not len(sorted_M):
+        return np.zeros(len(values_N), bool)
+    at_N = np.minimum(np.searchsorted(sorted_M, values_N), len(sorted_M) - 1)
+    return sorted_M[at_N] == values_N
 
 
 def _by_author(rows_N: np.ndarray, author_id_N: np.ndarray) -> list[tuple[int, np.ndarray]]:

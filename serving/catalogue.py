@@ -83,6 +83,11 @@ class Catalogue:
         """To be read after the slot numbers: newer slots hold all older ones."""
         return self._state.slots
 
+    @property
+    def changed_rows(self) -> np.ndarray:
+        """Rows of the bundle that were uploaded or removed since, ascending."""
+        return self._state.changed_rows
+
     def __len__(self) -> int:
         """Videos that have a row."""
         return self.n_known - 1 + self._state.n_new

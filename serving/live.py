@@ -85,8 +85,8 @@ class LiveBundle:
         rows_N = self._catalogue.rows_of(ids_N)
         known_N = rows_N > 0
         self._forget(rows_N[known_N])
-        self._ann.let_through(rows_N[known_N & (rows_N < self._catalogue.n_known)])
         rows_N = self._catalogue.put(ids_N, said)
+        self._ann.let_through(rows_N[rows_N < self._catalogue.n_known])
         shown_N = said.eligible
         self._arrivals.add(rows_N[shown_N], said.upload_ts_ms[shown_N], said.author_id[shown_N])
         self._index.upsert(ids_N, said.vectors, said.eligible)

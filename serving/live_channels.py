@@ -173,7 +173,6 @@ class LiveAnn:
         self._uploads, self._arrivals = uploads, arrivals
         self._filters: tuple[tuple[np.ndarray, np.ndarray, Filter], ...] = ()
         """(a shared bitmap, the same with every changed row's bit set, the live index's filter of that)."""
-        self._changed = _NONE
         self._lock = threading.Lock()
 
     def retrieve(self, query: SourceQuery, k: int) -> Retrieved:
@@ -203,9 +202,9 @@ class LiveAnn:
         return Retrieved(self._catalogue.rows_of(ids_1K[0][found]), scores_1K[0][found])
 
     def let_through(self, rows_N: np.ndarray) -> None:
-        """Rows of the bundle that an upload replaces: the live index knows whether they are there, no bitmap does."""
+        """Rows of the bundle that an upload has just changed: the live index knows whether they are there, no bitmap
+        does. To be called between the catalogue's change and the live index's."""
         with self._lock:
-            self._changed = np.union1d(self._changed, rows_N)
             for _, bits, _ in self._filters:
                 _set(bits, rows_N)
 
@@ -216,7 +215,7 @@ class LiveAnn:
                 return made
         with self._lock:
             mine = bits.copy()
-            _set(mine, self._changed)
+            _set(mine, self._catalogue.changed_rows)
             made = self._index.allow(mine)
             self._filters = ((bits, mine, made), *self._filters[:3])
         return made

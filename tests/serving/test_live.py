@@ -26,7 +26,7 @@ from serving.store import NOTHING_KNOWN, NoStore, SqliteStore
 
 HOUR_MS, DAY_MS = 3_600_000, 86_400_000
 NEW_0 = 2**57
-EVERYTHING = 2_000
+EVERYTHING, STRANGER = 2_000, -5
 
 
 @pytest.fixture
@@ -247,9 +247,9 @@ def test_a_page_of_uploads_names_author_and_length_and_is_ranked_by_id_alike(wor
     live.remove(live.known.videos.ids.tolist())
     upsert(live, *videos.values())
     feed = Feed(live.bundle, NoStore())
-    page = feed.get_feed(FeedRequest(user_id=-5, now_ms=world.now_ms))
+    page = feed.get_feed(FeedRequest(user_id=STRANGER, now_ms=world.now_ms))
     assert len(page.items) == 10
-    ranked = feed.rank(-5, [item.video_id for item in page.items], now_ms=world.now_ms)
+    ranked = feed.rank(STRANGER, [item.video_id for item in page.items], now_ms=world.now_ms)
     assert ranked.unknown.tolist() == []
     for item, value in zip(page.items, ranked.value_N.tolist(), strict=True):
         assert (item.author_id, item.duration_ms) == (
@@ -264,7 +264,7 @@ def test_hidden_by_one_upload_shown_by_the_next_and_removed_ids_come_back_when_u
     for video_id in (int(live.known.videos.ids[7]), NEW_0):
 
         def is_there(video_id: int = video_id) -> bool:
-            request = FeedRequest(user_id=-5, k=EVERYTHING, now_ms=world.now_ms)
+            request = FeedRequest(user_id=STRANGER, k=EVERYTHING, now_ms=world.now_ms)
             return video_id in found(live.bundle, request).video_id_K.tolist()
 
         for shown in (True, False, True):
@@ -277,12 +277,42 @@ def test_hidden_by_one_upload_shown_by_the_next_and_removed_ids_come_back_when_u
         assert is_there()
 
 
+def test_an_upload_overrules_the_time_that_the_bundle_gives(world, live):
+    """A video that the bundle says comes a minute after the request was there yesterday, says its upload."""
+    upload_ts_ms, rng = np.asarray(live.known.upload_ts_ms), np.random.default_rng(5)
+    tried = 0
+    for row in np.flatnonzero(live.known.eligible & (upload_ts_ms % 600_000 > 120_000)):
+        video_id, now_ms = int(live.known.videos.ids_of(np.array([row]))[0]), int(upload_ts_ms[row]) - 60_000
+        request = FeedRequest(user_id=STRANGER, k=EVERYTHING, now_ms=now_ms)
+        assert video_id not in found(live.bundle, request).video_id_K.tolist()
+        upsert(live, a_video(rng, video_id, now_ms))
+        for source in ("ann", "fresh"):
+            assert video_id in found(only(live.bundle, source), request).video_id_K.tolist(), source
+        upsert(live, a_video(rng, video_id, now_ms, upload_ts_ms=now_ms + 1))
+        assert video_id not in found(live.bundle, request).video_id_K.tolist()
+        tried += 1
+        if tried == 10:
+            break
+    assert tried == 10
+
+
+def test_the_newest_are_not_crowded_out_by_what_the_bundle_thought_new(world, live):
+    """Uploads say that the bundle's newest videos are its oldest: the channel's few places go to the next."""
+    upload_ts_ms = np.asarray(live.known.upload_ts_ms)
+    order = np.flatnonzero(live.known.eligible)
+    order = live.known.videos.ids_of(order[np.argsort(-upload_ts_ms[order])]).tolist()
+    rng = np.random.default_rng(6)
+    upsert(live, *(a_video(rng, video_id, world.now_ms, upload_ts_ms=1) for video_id in order[:30]))
+    request = FeedRequest(user_id=STRANGER, k=20, now_ms=world.now_ms)
+    assert found(only(live.bundle, "fresh"), request).video_id_K.tolist() == order[30:50]
+
+
 def test_a_video_without_anything_but_its_id_is_found_and_ranked(world, live):
     upsert(live, Video(video_id=NEW_0))
     feed = Feed(live.bundle, NoStore())
-    pool = feed.retrieve(FeedRequest(user_id=-5, k=EVERYTHING, now_ms=world.now_ms))
+    pool = feed.retrieve(FeedRequest(user_id=STRANGER, k=EVERYTHING, now_ms=world.now_ms))
     assert NEW_0 in pool.video_id_K.tolist()
-    assert np.isfinite(feed.rank(-5, [NEW_0], now_ms=world.now_ms).value_N).all()
+    assert np.isfinite(feed.rank(STRANGER, [NEW_0], now_ms=world.now_ms).value_N).all()
 
 
 def test_searches_beside_a_writer_never_show_what_was_removed_and_never_come_up_short(world, tmp_path):
@@ -339,6 +369,6 @@ def test_an_index_folder_of_an_earlier_start_is_not_trusted(world, tmp_path):
     (folder / "state.json").write_text("damaged")
     second = LiveBundle(world.bundle(), folder, LiveConfig(flush=False))
     assert second.bundle.videos.rows_of(np.array([NEW_0])).tolist() == [0]
-    assert found(second.bundle, FeedRequest(user_id=-5, now_ms=world.now_ms)).video_id_K.size
+    assert found(second.bundle, FeedRequest(user_id=STRANGER, now_ms=world.now_ms)).video_id_K.size
     second.close()
     assert not folder.exists()

@@ -140,42 +140,58 @@ def test_a_thousand_uploads_in_one_call_and_a_compaction_lose_nothing(world, tmp
 
 
 def test_acknowledged_uploads_and_removals_survive_kill_9(world, tmp_path):
-    """Killed in the middle of a stream of calls: what was acknowledged holds, the call in flight may."""
-    store = tmp_path / "events.sqlite"
+    """Killed the instant after an acknowledgement, again and again on one store; and restarted into what was said."""
+    store, said, removed = tmp_path / "events.sqlite", {}, set()
     of_bundle = world.dataset.videos.ids[np.asarray(world.dataset.eligible)[1:]].tolist()
-    done: list[int] = []
-    with subprocess_server(world.registry, store) as (process, address), FeedClient(address, timeout_s=30) as client:
-        before = there(client, world)
-
-        def write() -> None:
-            for step in range(10_000):
-                try:
-                    client.upsert_videos(videos(world, NEW_0 + 10 * step, 3, seed=step))
-                    client.remove_videos([NEW_0 + 10 * step, of_bundle[step % len(of_bundle)]])
-                except grpc.RpcError:
-                    return
-                done.append(step)
-                if len(done) == 12:
-                    enough.set()
-
-        enough = threading.Event()
-        writer = threading.Thread(target=write)
-        writer.start()
-        assert enough.wait(60)
-        process.send_signal(signal.SIGKILL)
-        process.wait(timeout=20)
-        writer.join(timeout=30)
-    uploaded = {NEW_0 + 10 * step + i for step in done for i in (1, 2)}
-    removed = {of_bundle[step % len(of_bundle)] for step in done} | {NEW_0 + 10 * step for step in done}
-    in_flight = {NEW_0 + 10 * len(done) + i for i in range(3)} | {of_bundle[len(done) % len(of_bundle)]}
+    before = set(of_bundle)
+    for kill_after in ("upload", "removal"):
+        with (
+            subprocess_server(world.registry, store) as (process, address),
+            FeedClient(address, timeout_s=30) as client,
+        ):
+            assert there(client, world) == (before | said.keys()) - removed
+            for step in range(4):
+                first = NEW_0 + 10 * len(said)
+                new = videos(world, first, 3, seed=step)
+                gone = [first, of_bundle.pop()]
+                client.upsert_videos(new)
+                if kill_after == "upload" and step == 3:
+                    gone = []
+                    process.send_signal(signal.SIGKILL)
+                else:
+                    client.remove_videos(gone)
+                    if step == 3:
+                        process.send_signal(signal.SIGKILL)
+                said |= {video.video_id: video for video in new}
+                removed |= set(gone)
+            process.wait(timeout=20)
     with running(world.registry, store) as server, FeedClient(f"127.0.0.1:{server.port}", timeout_s=30) as client:
-        assert there(client, world) - in_flight == ((before | uploaded) - removed) - in_flight
+        assert there(client, world) == (before | said.keys()) - removed
         page = client.get_feed(STRANGER, k=100, now_ms=world.now_ms)
-        known = {video.video_id: video for step in done for video in videos(world, NEW_0 + 10 * step, 3, seed=step)}
-        for item in page.items:
-            if item.video_id in known:
-                said = known[item.video_id]
-                assert (item.author_id, item.duration_ms) == (said.author_id, said.duration_ms)
+        shown = [item for item in page.items if item.video_id in said]
+        assert shown
+        for item in shown:
+            video = said[item.video_id]
+            assert (item.author_id, item.duration_ms) == (video.author_id, video.duration_ms)
+
+
+def test_nothing_is_acknowledged_or_shown_before_it_is_on_disk(world, client, tmp_path):
+    """Another connection holds the database: the calls wait, and nobody sees what may yet be lost."""
+    some = min(there(client, world))
+    with ThreadPoolExecutor(1) as pool, sqlite3.connect(tmp_path / "events.sqlite", isolation_level=None) as database:
+        for call, argument, shown in (
+            (client.upsert_videos, videos(world, NEW_0, 2), {some, NEW_0, NEW_0 + 1}),
+            (client.remove_videos, [some], {NEW_0, NEW_0 + 1}),
+        ):
+            before = there(client, world)
+            database.execute("BEGIN IMMEDIATE")
+            calling = pool.submit(call, argument)
+            with pytest.raises(TimeoutError):
+                calling.result(timeout=0.7)
+            assert there(client, world) == before
+            database.execute("ROLLBACK")
+            calling.result(timeout=30)
+            assert there(client, world) & {some, NEW_0, NEW_0 + 1} == shown
 
 
 def test_a_swap_keeps_what_came_before_it_and_what_comes_while_it_loads(world, tmp_path):
@@ -205,6 +221,19 @@ def test_a_swap_keeps_what_came_before_it_and_what_comes_while_it_loads(world, t
             uploaded = {NEW_0 + 10 * step + 1 for step in steps}
             assert there(client, world) == (before | uploaded) - removed
             assert len(steps) > 5
+
+
+def test_what_comes_between_a_load_and_its_swap_is_caught_up_with(world, tmp_path):
+    registry = Registry(shutil.copytree(world.registry, tmp_path / "registry"))
+    with running(registry.root, tmp_path / "s.sqlite") as server, FeedClient(f"127.0.0.1:{server.port}") as client:
+        client.upsert_videos(videos(world, NEW_0, 3), timeout_s=30)
+        fresh = server.live._load("v2")
+        client.upsert_videos(videos(world, NEW_0 + 5, 3), timeout_s=30)
+        client.remove_videos([NEW_0, NEW_0 + 5], timeout_s=30)
+        server.live._swap(fresh).close()
+        assert client.get_feed(STRANGER, now_ms=world.now_ms, timeout_s=30).bundle_version == "v2"
+        found = there(client, world)
+        assert {i for i in found if NEW_0 <= i < NEW_0 + 10} == {NEW_0 + 1, NEW_0 + 2, NEW_0 + 6, NEW_0 + 7}
 
 
 def publish_later(registry: Registry, version: str, newest_ms: int) -> None:

@@ -52,6 +52,8 @@ class ServerConfig:
     """Requests computed at once; each uses one core."""
     max_in_flight: int = 64
     """Calls beyond this many are refused at once with RESOURCE_EXHAUSTED."""
+    max_changes_waiting: int = 16
+    """Uploads and removals beyond this many are refused too, so that they leave calls in flight to the pages."""
     default_deadline_ms: float = 1_000.0
     """For clients that set none."""
     longest_deadline_ms: float = 10_000.0
@@ -73,6 +75,7 @@ class FeedServicer(feed_pb2_grpc.FeedServiceServicer):
         self._live, self._store, self._config = live, store, config
         self._workers = ThreadPoolExecutor(config.threads, "feed", initializer=_one_core_each)
         self._uploader = ThreadPoolExecutor(1, "uploads", initializer=_one_core_each)
+        self._changes_waiting = 0
 
     async def GetFeed(self, request: feed_pb2.GetFeedRequest, context: Any) -> feed_pb2.GetFeedResponse:
         def work(feed: Feed, deadline: Deadline) -> feed_pb2.GetFeedResponse:
@@ -125,10 +128,16 @@ class FeedServicer(feed_pb2_grpc.FeedServiceServicer):
 
     async def _change(self, work: Callable[[], Any], context: Any) -> Any:
         """Uploads and removals one after another, on a thread of their own: no page waits behind a thousand uploads."""
+        self._changes_waiting += 1
         try:
+            if self._changes_waiting > self._config.max_changes_waiting:
+                most = self._config.max_changes_waiting
+                raise StoreBusyError(f"{most} uploads and removals are waiting: send the same again later")
             return await asyncio.get_running_loop().run_in_executor(self._uploader, work)
         except Exception as error:
             await _abort(context, error)
+        finally:
+            self._changes_waiting -= 1
 
     async def _compute(self, work: Callable[[Feed, Deadline], Any], context: Any) -> Any:
         """Run on a worker thread with one feed; the deadline counts from the call's arrival, queueing included."""

@@ -87,20 +87,21 @@ class LiveFeed:
         A refused version is not tried again until LIVE names another one.
         """
         with self._polling:
-            live = None
+            live = fresh = None
             try:
                 live = self._registry.live()
                 if live is None or live in (self.feed.bundle.version, self._refused):
                     return False
                 fresh = self._load(live)
+                before = self._swap(fresh)
             except Exception as error:
+                if fresh is not None:
+                    fresh.close()
                 self._refuse(live, error)
                 return False
             self._refused = None
-            before = self._swap(fresh)
-            self._forget(before, fresh)
-            before.close()
             self.swaps += 1
+            self._retire(before, fresh)
             return True
 
     def close(self) -> None:
@@ -125,6 +126,14 @@ class LiveFeed:
             before, self._live = self._live, fresh
             self.feed = Feed(fresh.bundle, self._store)
         return before
+
+    def _retire(self, before: LiveBundle, fresh: LiveBundle) -> None:
+        """Tidy up behind a swap; what fails here costs space and no answer."""
+        try:
+            self._forget(before, fresh)
+            before.close()
+        except Exception:
+            _log.exception("bundle %s serves, and leftovers of %s remain", fresh.known.version, before.known.version)
 
     def _forget(self, before: LiveBundle, fresh: LiveBundle) -> None:
         """Changes that both versions were made with, and that are old enough for any version one would roll back to."""

@@ -25,6 +25,7 @@ from features.schema import VIDEOS
 from serving.client import FeedClient
 from serving.golden import record
 from serving.messages import Event, Level, RemoveOutcome, UpsertOutcome, Video
+from serving.protos.reelrank.v1 import feed_pb2, feed_pb2_grpc
 from serving.swap import KEPT_MS
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -192,6 +193,23 @@ def test_nothing_is_acknowledged_or_shown_before_it_is_on_disk(world, client, tm
             database.execute("ROLLBACK")
             calling.result(timeout=30)
             assert there(client, world) & {some, NEW_0, NEW_0 + 1} == shown
+
+
+def test_uploads_that_pile_up_are_refused_and_leave_room_for_pages(world, server, client, tmp_path):
+    request = feed_pb2.UpsertVideosRequest(videos=[feed_pb2.Video(video_id=NEW_0)])
+    with (
+        sqlite3.connect(tmp_path / "events.sqlite", isolation_level=None) as database,
+        grpc.insecure_channel(f"127.0.0.1:{server.port}") as channel,
+    ):
+        database.execute("BEGIN IMMEDIATE")
+        stub = feed_pb2_grpc.FeedServiceStub(channel)
+        calls = [stub.UpsertVideos.future(request, timeout=30) for _ in range(CONFIG.max_in_flight)]
+        most = CONFIG.max_changes_waiting
+        assert {call.code() for call in calls[most:]} == {grpc.StatusCode.RESOURCE_EXHAUSTED}
+        assert "overload: 16 uploads and removals are waiting" in calls[-1].details()
+        assert len(client.get_feed(STRANGER, now_ms=world.now_ms).items) == 10
+        database.execute("ROLLBACK")
+        assert [call.code() for call in calls[:most]] == [grpc.StatusCode.OK] * most
 
 
 def test_a_swap_keeps_what_came_before_it_and_what_comes_while_it_loads(world, tmp_path):

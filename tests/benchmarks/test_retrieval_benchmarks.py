@@ -110,6 +110,7 @@ def test_scale_reports_recall_memory_and_throughput_of_a_size(corpus_folder, tmp
     assert [point["setting"]["probes"] for point in size["sweep"]] == [8, 64]
     assert size["sweep"][-1]["recall"] > 0.9
     assert size["memory_mib"]["rss"] >= size["memory_mib"]["pss"] > 0
+    assert all(each["rss"] > each["pss"] > each["anonymous"] > 0 for each in size["memory_of_two_mib"]), "shared"
     assert all(batch["per_s"] > 0 for batch in size["batched"]["batches"])
 
 

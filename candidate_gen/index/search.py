@@ -127,8 +127,9 @@ class VideoIndex:
 
         `allowed` is a bool a row, or better a `RowFilter` (nothing of the catalogue's size is then touched);
         `excluded_rows` lists further rows to leave out, seen videos or blocked authors': one array for all queries, or
-        a list of one array a query, which then get what each would get alone. `probes` and `rerank` stand in for the
-        configuration's.
+        a list of one array a query. Each query is answered as it would be alone, but for the order of equal scores, or
+        exactly, where another's exclusions leave so few rows that all are scanned. `probes` and `rerank` stand in for
+        the configuration's.
         """
         query_QD = np.ascontiguousarray(query_QD, dtype=np.float32)
         if query_QD.ndim != 2 or query_QD.shape[1] != self.dim:
@@ -161,6 +162,11 @@ class VideoIndex:
         not: FAISS's search of many at a time takes more CPU than one by one up to some 32 queries, at a million videos
         and at a hundred million, and knows one selector for all of them."""
         return self._exact is not None or allowed.count <= max(self.config.exact_below, 2 * k)
+
+    @property
+    def slots(self) -> int | None:
+        """Searches at once that there is room for; None: one a core."""
+        return None
 
     def _search_lists(
         self,

@@ -50,15 +50,13 @@ def test_each_query_gets_k_of_what_it_may_see_and_nothing_else(index: VideoIndex
 
 
 @pytest.mark.parametrize("share", [1.0, 0.4, 0.02])
-def test_a_query_among_many_gets_what_it_gets_alone(index: VideoIndex, share: float) -> None:
+def test_a_query_among_many_is_answered_as_alone_or_better(index: VideoIndex, share: float) -> None:
     rng = np.random.default_rng()
     allowed, lists = index.allow(rng.random(N + 1) < share), own_lists(rng)
-    rows_QK, score_QK = index.search(QUERIES, 20, allowed=allowed, excluded_rows=lists)
+    _, together = index.search(QUERIES, 20, allowed=allowed, excluded_rows=lists)
     for number, excluded in enumerate(lists):
-        alone = index.search(QUERIES[number : number + 1], 20, allowed=allowed, excluded_rows=excluded)
-        assert np.allclose(score_QK[number], alone[1][0], atol=1e-5)
-        differ = rows_QK[number] != alone[0][0]  # where scores tie
-        assert np.allclose(index.vectors[rows_QK[number, differ]] @ QUERIES[number], alone[1][0, differ], atol=1e-5)
+        _, alone = index.search(QUERIES[number : number + 1], 20, allowed=allowed, excluded_rows=excluded)
+        assert (together[number] >= alone[0] - 1e-5).all()
 
 
 def test_lists_that_do_not_fit_the_queries_are_named(index: VideoIndex) -> None:

@@ -15,9 +15,11 @@ from typing import Any
 
 import faiss as _faiss
 import numpy as np
+import torch
 
 from candidate_gen.index.build import Progress, build, read_description, verify
 from candidate_gen.index.config import IndexConfig
+from candidate_gen.index.device import is_cpu
 from candidate_gen.index.exact import ExactScan
 from candidate_gen.index.filters import Excluded, RowFilter, distinct, lists_of, places
 from candidate_gen.index.lists import InvertedLists
@@ -34,10 +36,10 @@ SCAN_BLOCK = 65_536
 class VideoIndex:
     """Rows of `Entities` by inner product with a query; immutable, threads share it."""
 
-    def __init__(self, folder: Path, device: str = "cpu") -> None:
+    def __init__(self, folder: Path, scan_on: str | None = None) -> None:
         """Open what `build` wrote and somebody has verified: a bundle's manifest, or `open`. Raises ValueError when a
-        file is not what index.json says. On another device than the CPU ("cuda") every search is exact: all vectors
-        are held there in float16, and the lists stay closed."""
+        file is not what index.json says. With `scan_on`, a device of torch, every search is exact: all vectors are held
+        in its memory in float16 (128 bytes and a row's 8 of a 64-wide one), and the lists stay closed."""
         described, self.config = read_description(folder / "index.json")
         self.folder, self.kind, self.n_rows = folder, described["kind"], described["n_rows"]
         self.vectors = StoredVectors(folder / "stored.faiss")
@@ -52,11 +54,14 @@ class VideoIndex:
             raise ValueError(f"{folder}: indexed.npy and index.json differ in videos; build the index again")
         self.underfilled = 0
         """Queries that were answered with fewer rows than exist; counted so that it can be watched to stay 0."""
-        if self.kind == "flat" or device != "cpu":
-            self._exact = ExactScan(self.vectors, _rows_of(bits), device)
+        self._exact = None
+        self.slots = None if scan_on is None or is_cpu(scan_on) else 1
+        """Searches at once that there is room for, where they share work; None: one a core."""
+        if scan_on is not None:
+            self._exact = ExactScan(self.vectors, _rows_of(bits), scan_on, torch.float16)
+        elif self.kind == "flat":
+            self._exact = ExactScan(self.vectors, _rows_of(bits), "cpu", torch.float32)
         else:
-            self._exact = None
-        if self.kind == "ivf":
             self.trained = Trained.load(folder)
             self._lists = InvertedLists(folder, self.trained, self.n_rows)
             self._batched, self._single = (
@@ -147,7 +152,7 @@ class VideoIndex:
             shape = (n, max(k, 0))
             return np.full(shape, -1, np.int64), np.full(shape, -np.inf, np.float32)
         if self._exact is not None:
-            return self._exact.search(query_QD, k, None if allowed.everything else allowed.bits, excluded)
+            return self._exact.search(query_QD, k, allowed, excluded)
         if scarce and most_left <= max(self.config.exact_below, 2 * k):
             return self._scan(query_QD, k, allowed, excluded)
         if len(excluded) == 1:
@@ -162,11 +167,6 @@ class VideoIndex:
         not: FAISS's search of many at a time takes more CPU than one by one up to some 32 queries, at a million videos
         and at a hundred million, and knows one selector for all of them."""
         return self._exact is not None or allowed.count <= max(self.config.exact_below, 2 * k)
-
-    @property
-    def slots(self) -> int | None:
-        """Searches at once that there is room for; None: one a core."""
-        return None
 
     def _search_lists(
         self,
@@ -184,7 +184,7 @@ class VideoIndex:
         probes = min(probes or self._first_probes(allowed.count), lists)
         found = k * rerank if rerank else max(k, min(k * self.config.rerank, self.config.rerank_at_most))
         with self._masks.without(excluded) as mask:
-            selector, keep = selector_of(_tested(allowed), mask)
+            selector, keep = selector_of(None if allowed.everything else allowed.bits, mask)
             score_QK, row_QK = index.search(query_QD, k, params=parameters(probes, found / k, selector))
             short = row_QK[:, expected - 1] < 0
             while short.any() and probes < lists:
@@ -219,10 +219,6 @@ class VideoIndex:
             best = _merge(best, piece, score_QM)
         best[0][np.isneginf(best[1])] = -1
         return best
-
-
-def _tested(allowed: RowFilter) -> np.ndarray | None:
-    return None if allowed.everything else allowed.bits
 
 
 def _rows_of(bits: np.ndarray) -> np.ndarray:

@@ -11,14 +11,14 @@ import pytest
 from candidate_gen.index import VideoIndex
 
 sys.path.insert(0, str(Path(__file__).parent))
-from test_video_index import CONFIGS, QUERIES, VECTORS, N, chunks
+from test_video_index import ENGINES, QUERIES, VECTORS, N, opened
 
 INDEXED = np.arange(N + 1) % 10 != 0
 
 
-@pytest.fixture(scope="module", params=list(CONFIGS))
+@pytest.fixture(scope="module", params=ENGINES)
 def index(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> VideoIndex:
-    return VideoIndex.build(chunks(), N + 1, CONFIGS[request.param], tmp_path_factory.mktemp("index"))
+    return opened(request.param, tmp_path_factory.mktemp("index"))
 
 
 def own_lists(rng: np.random.Generator) -> list[np.ndarray]:

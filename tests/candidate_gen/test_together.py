@@ -87,12 +87,9 @@ def test_searches_that_meet_are_one_search(tmp_path: Path) -> None:
             assert go_on.wait(60)
             return super().search(query_QD, k, **options)
 
-        @property
-        def slots(self) -> int:
-            return 1
-
     VideoIndex.build(chunks(), N + 1, CONFIGS["flat"], tmp_path)
     index = Watched(tmp_path)
+    index.slots = 1
     together = SearchTogether(index)
     filters = [index.everything, index.allow(np.arange(N + 1) % 2 == 1)]
 

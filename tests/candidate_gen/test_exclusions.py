@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from candidate_gen.index import VideoIndex
+from candidate_gen.index import VideoIndex, exact, search
 
 sys.path.insert(0, str(Path(__file__).parent))
 from test_video_index import ENGINES, QUERIES, VECTORS, N, opened
@@ -57,6 +57,25 @@ def test_a_query_among_many_is_answered_as_alone_or_better(index: VideoIndex, sh
     for number, excluded in enumerate(lists):
         _, alone = index.search(QUERIES[number : number + 1], 20, allowed=allowed, excluded_rows=excluded)
         assert (together[number] >= alone[0] - 1e-5).all()
+
+
+def test_the_size_of_blocks_changes_no_answer(index: VideoIndex, monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng()
+    filters, lists = [index.allow(rng.random(N + 1) < share) for share in (1.0, 0.4, 0.02)], own_lists(rng)
+    wholes = [index.search(QUERIES, 20, allowed=one, excluded_rows=lists) for one in filters]
+    for module, name, small in (
+        (exact, "MIN_BLOCK", 301),
+        (exact, "scores_at_once", lambda _: 0),
+        (exact, "QUERIES_AT_ONCE", 3),
+        (search, "SCAN_BLOCK", 17),
+    ):
+        monkeypatch.setattr(module, name, small)
+    for one, (rows, scores) in zip(filters, wholes, strict=True):
+        found, again = index.search(QUERIES, 20, allowed=one, excluded_rows=lists)
+        assert np.allclose(scores, again, atol=1e-5)
+        differ = rows != found
+        assert np.allclose(scores[differ], again[differ], atol=1e-5)
+        assert (found[differ] >= 0).all()
 
 
 def test_lists_that_do_not_fit_the_queries_are_named(index: VideoIndex) -> None:

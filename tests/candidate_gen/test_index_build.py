@@ -62,7 +62,7 @@ def test_two_level_clusters_leave_hardly_more_error_than_flat_k_means() -> None:
 
 
 def test_k_means_moves_as_faiss_s_from_the_same_beginning() -> None:
-    x = videos(5_000)
+    x = videos(20_000)  # more than are assigned together
     beginning = x[np.random.default_rng().choice(len(x), 60, replace=False)]
     theirs = faiss.Kmeans(DIM, 60, niter=ITERATIONS, min_points_per_centroid=1, max_points_per_centroid=10**6)
     theirs.train(x, init_centroids=beginning)

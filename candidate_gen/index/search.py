@@ -163,7 +163,7 @@ class VideoIndex:
 
     def shares_work(self, allowed: RowFilter, k: int) -> bool:
         """Whether searches under a filter cost less asked together, each with exclusions of its own: a scan of all that
-        passes reads it once for all (20,000 videos for 8 queries: 1.4 to 2.5 times as many a second). Inverted lists do
+        passes reads it once for all (20,000 videos for 8 queries: 1.6 to 2.4 times as many a second). Inverted lists do
         not: FAISS's search of many at a time takes more CPU than one by one up to some 32 queries, at a million videos
         and at a hundred million, and knows one selector for all of them."""
         return self._exact is not None or allowed.count <= max(self.config.exact_below, 2 * k)

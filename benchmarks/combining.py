@@ -183,12 +183,12 @@ def servers(registry: Path, n_requests: int, console: Console) -> list[dict[str,
     for workers in WORKERS:
         for way in ("alone", "combined"):
             with tempfile.TemporaryDirectory() as scratch:
-                arguments = (str(registry), str(Path(scratch) / "events.sqlite"), str(workers), way)
-                with funnel.server(SERVER, *arguments) as (pid, address):
+                store = Path(scratch) / "events.sqlite"
+                with funnel.server(registry, store, SERVER, str(workers), way) as (process, address):
                     asked = np.random.default_rng(SEED).choice(users, n_requests).tolist()
-                    funnel.together(address, asked, now_ms, max(WORKERS), pid)
+                    funnel.together(address, asked, now_ms, max(WORKERS), process.pid)
                     for clients in CLIENTS:
-                        run = funnel.together(address, asked, now_ms, clients, pid)
+                        run = funnel.together(address, asked, now_ms, clients, process.pid)
                         rows.append({"workers": workers, "way": way, **run})
             console.print(f"{workers} worker threads, {way}: measured")
     return rows

@@ -61,14 +61,16 @@ def measure(registry: Path, n_requests: int, n_clients: int) -> dict[str, Any]:
     machine = describe(("torch", "torchrec", "faiss-cpu", "grpcio", "numpy"))
     bundle, (users, now_ms) = Registry(registry).open(), users_and_instant(registry)
     asked = np.random.default_rng(1).choice(users, n_requests * 2).tolist()
-    with tempfile.TemporaryDirectory() as scratch:
-        store = Path(scratch) / "events.sqlite"
-        with server(SERVER, str(registry), str(store)) as (pid, address):
-            with FeedClient(address) as client:
-                for user in asked[: n_requests // 4]:
-                    client.get_feed(user, k=K, now_ms=now_ms)
-                alone = _alone(client, asked[:n_requests], now_ms, pid)
-            many = together(address, asked[n_requests:], now_ms, n_clients, pid)
+    with (
+        tempfile.TemporaryDirectory() as scratch,
+        server(registry, Path(scratch) / "store.sqlite") as (process, address),
+    ):
+        pid = process.pid
+        with FeedClient(address) as client:
+            for user in asked[: n_requests // 4]:
+                client.get_feed(user, k=K, now_ms=now_ms)
+            alone = _alone(client, asked[:n_requests], now_ms, pid)
+        many = together(address, asked[n_requests:], now_ms, n_clients, pid)
     videos = np.load(bundle.path("videos/videos_ids.npy"), mmap_mode="r", allow_pickle=False)
     return {
         "bundle": {"version": bundle.version, "videos": len(videos), "users": len(users)},
@@ -183,14 +185,17 @@ def _figures(
 
 
 @contextmanager
-def server(script: str, *arguments: str) -> Iterator[tuple[int, str]]:
-    """Process id and address of a server that a Python script starts; it prints the address first."""
-    with subprocess.Popen([sys.executable, "-c", script, *arguments], stdout=subprocess.PIPE, text=True) as process:
+def server(
+    registry: Path, store: Path, script: str = SERVER, *arguments: str
+) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """`serving.server` on a registry, in a process of its own, and its address; ended at the end."""
+    command = [sys.executable, "-c", script, str(registry), str(store), *arguments]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         try:
             line = process.stdout.readline() if process.stdout is not None else ""
             if not line:
-                raise RuntimeError(f"the server on {arguments[0]} did not start; its error is above")
-            yield process.pid, line.split()[0]
+                raise RuntimeError(f"the server on {registry} did not start; its error is above")
+            yield process, line.split()[0]
         finally:
             process.terminate()
 

@@ -75,13 +75,13 @@ class FeedBundle:
     """Of uploads since; None where there are none to come."""
 
     @classmethod
-    def load(cls, bundle: Bundle) -> FeedBundle:
-        """Open a bundle whose every byte the registry has verified."""
+    def load(cls, bundle: Bundle, *, scan_on: str | None = None) -> FeedBundle:
+        """Open a bundle whose every byte the registry has verified; `scan_on`: see `VideoIndex`."""
         created_ms = round(datetime.fromisoformat(bundle.created).timestamp() * 1000)
-        return cls.open(bundle.folder, bundle.version, created_ms)
+        return cls.open(bundle.folder, bundle.version, created_ms, scan_on=scan_on)
 
     @classmethod
-    def open(cls, folder: Path, version: str, created_ms: int = 0) -> FeedBundle:
+    def open(cls, folder: Path, version: str, created_ms: int = 0, *, scan_on: str | None = None) -> FeedBundle:
         """Open a folder as `write_bundle` left it; serving uses `load`, which only takes verified bundles."""
 
         def array(name: str) -> np.ndarray:
@@ -93,7 +93,7 @@ class FeedBundle:
             _plain(Entities.load(folder / f"{side}s", f"{side}s", encoder.columns(side))) for side in ("user", "video")
         )
         upload_ts_ms, eligible = array("videos/videos_upload_ts_ms"), array("videos/videos_eligible")
-        index = VideoIndex(folder / "index")
+        index = VideoIndex(folder / "index", scan_on)
         config = FeedConfig.from_json((folder / "feed.json").read_text())
         channels = open_channels(folder / "channels", config, index, upload_ts_ms, eligible)
         loaded = cls(

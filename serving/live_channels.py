@@ -16,6 +16,7 @@ from candidate_gen.delta import NO_VIDEO
 from candidate_gen.live import LiveIndex
 from candidate_gen.part import Filter
 from candidate_gen.sources import AnnSource, Retrieved, SourceQuery, UploadOrders
+from candidate_gen.together import SearchTogether
 from candidate_gen.uploads import RowSet, first_allowed
 from serving.arrivals import Arrivals
 from serving.catalogue import BUNDLE, Catalogue, Column
@@ -169,7 +170,8 @@ class LiveAnn:
     def __init__(
         self, known: AnnSource, index: LiveIndex, catalogue: Catalogue, uploads: LiveUploads, arrivals: Arrivals
     ) -> None:
-        self._known, self._index, self._catalogue = known, index, catalogue
+        self._known, self._catalogue = known, catalogue
+        self._index, self._search = index, SearchTogether(index)
         self._uploads, self._arrivals = uploads, arrivals
         self._filters: tuple[tuple[np.ndarray, np.ndarray, Filter], ...] = ()
         """(a shared bitmap, the same with every changed row's bit set, the live index's filter of that)."""
@@ -191,15 +193,15 @@ class LiveAnn:
             ]
         )
         is_new = rows >= self._catalogue.n_known
-        ids_1K, scores_1K = self._index.search(
-            query.user_vector_D[None, :],
+        ids_K, scores_K = self._search(
+            query.user_vector_D,
             k,
-            allowed=self._filter_of(allowed.bits),
+            self._filter_of(allowed.bits),
             excluded_rows=np.concatenate([allowed.excluded_rows, rows[~is_new]]),
             excluded_ids=self._catalogue.ids_of(rows[is_new]),
         )
-        found = ids_1K[0] != NO_VIDEO
-        return Retrieved(self._catalogue.rows_of(ids_1K[0][found]), scores_1K[0][found])
+        found = ids_K != NO_VIDEO
+        return Retrieved(self._catalogue.rows_of(ids_K[found]), scores_K[found])
 
     def let_through(self, rows_N: np.ndarray) -> None:
         """Rows of the bundle that an upload has just changed: the live index knows whether they are there, no bitmap

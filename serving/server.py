@@ -23,6 +23,7 @@ import torch
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from candidate_gen.index.device import is_cpu, resolve
 from candidate_gen.live import LiveConfig
 from features.artifacts import Registry
 from serving import wire
@@ -49,7 +50,9 @@ class ServerConfig:
     insecure_public: bool = False
     """Allow an address that other machines can reach, without TLS and without a password."""
     threads: int = 2
-    """Requests computed at once; each uses one core."""
+    """Requests computed at once; each uses one core. On two cores 4, 8 and 16 answer no more a second."""
+    device: str = "cpu"
+    """What --device says: on a GPU searches scan all vectors in its memory, and are exact. Models stay on the CPU."""
     max_in_flight: int = 64
     """Calls beyond this many are refused at once with RESOURCE_EXHAUSTED."""
     max_changes_waiting: int = 16
@@ -191,9 +194,11 @@ class FeedServer:
     def __init__(self, registry: Path, store: Path, config: ServerConfig | None = None) -> None:
         self.config = config or ServerConfig()
         check_address(self.config)
+        device = resolve(self.config.device)
         self.store = SqliteStore(store)
         try:
-            self.live = LiveFeed(Registry(registry), self.store, self.config.live)
+            scan_on = None if is_cpu(device) else device
+            self.live = LiveFeed(Registry(registry), self.store, self.config.live, scan_on)
         except Exception:
             self.store.close()
             raise

@@ -33,12 +33,17 @@ KEPT_MS = 7 * 86_400_000
 _log = logging.getLogger(__name__)
 
 
-def load_bundle(registry: Registry, version: str | None = None) -> FeedBundle:
-    """Verify, open and check the named (or live) version; raises with the reason when it must not serve."""
+def load_bundle(registry: Registry, version: str | None = None, scan_on: str | None = None) -> FeedBundle:
+    """Verify, open and check the named (or live) version; raises with the reason when it must not serve.
+
+    Golden answers are those of the index as it was published. Where a device scans all vectors instead, which finds
+    what lists may miss, the bundle is opened again for it after it was checked."""
     start = time.perf_counter()
     verified = registry.open(version)
     bundle = FeedBundle.load(verified)
     answered = check(bundle, verified.path(NAME))
+    if scan_on is not None:
+        bundle = FeedBundle.load(verified, scan_on=scan_on)
     took_s = time.perf_counter() - start
     _log.info("bundle %s loaded in %.1f s, %d golden answers as published", bundle.version, took_s, answered)
     return bundle
@@ -48,8 +53,8 @@ class LiveFeed:
     """`feed` is the one to use now; `poll` brings it up to date and is called from one background thread, `upsert` and
     `remove` from another."""
 
-    def __init__(self, registry: Registry, store: SqliteStore, config: LiveConfig) -> None:
-        self._registry, self._store, self._config = registry, store, config
+    def __init__(self, registry: Registry, store: SqliteStore, config: LiveConfig, scan_on: str | None = None) -> None:
+        self._registry, self._store, self._config, self._scan_on = registry, store, config, scan_on
         self._folder = store.path.with_name(store.path.name + ".index")
         shutil.rmtree(self._folder, ignore_errors=True)
         self._refused: str | None = None
@@ -110,7 +115,7 @@ class LiveFeed:
 
     def _load(self, version: str | None) -> LiveBundle:
         """A bundle with what came since, up to about now."""
-        known = load_bundle(self._registry, version)
+        known = load_bundle(self._registry, version, self._scan_on)
         live = LiveBundle(known, self._folder / known.version, self._config)
         try:
             live.catch_up(self._store.changes(after=0))

@@ -1,0 +1,221 @@
+"""Who may be shown a video, and when: the plain reference that bitmaps, tests and new uploads are held to.
+
+V video rows, N rows asked about, W rows with an availability window. Region codes and language tags are compared
+without regard to case, `_` as `-`.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from features.schema import LIMITS
+
+NO_BEGIN_MS, NO_END_MS = np.iinfo(np.int64).min, np.iinfo(np.int64).max
+_SEPARATOR = "\x1f"
+_NAMES = ("region_names", "language_names", "min_ages", "safety_levels")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Viewer:
+    """Who is watching. What is not known is read as the limit that shows the least, but for the language: age, safety
+    and region protect somebody (a child, a licence), a language only suits."""
+
+    region: str | None = None
+    """None, or a region that no video names: only videos without regions."""
+    languages: tuple[str, ...] = ()
+    """BCP 47 tags; `pt` also stands for `pt-BR`, not the reverse (RFC 4647, basic filtering). Empty: any language."""
+    age_years: int | None = None
+    """None: 0."""
+    max_safety_level: int | None = None
+    """Of the videos shown. None: 0."""
+
+    def or_else(self, other: Viewer) -> Viewer:
+        """What is not known, from the other."""
+        return replace(
+            self,
+            region=self.region or other.region,
+            languages=self.languages or other.languages,
+            age_years=other.age_years if self.age_years is None else self.age_years,
+            max_safety_level=other.max_safety_level if self.max_safety_level is None else self.max_safety_level,
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Attributes:
+    """The limits of V videos by row: 4 bytes a video up to 256 languages and sets of regions, at most 8, and 24 more
+    for one with an availability window."""
+
+    region_set: np.ndarray
+    """(V,) unsigned: 0 everywhere, else a set of regions."""
+    language: np.ndarray
+    """(V,) unsigned: 0 none, else 1 + index into `language_names`."""
+    min_age: np.ndarray
+    """(V,) uint8, years."""
+    safety_level: np.ndarray
+    """(V,) uint8."""
+    window_rows: np.ndarray
+    """(W,) int64, ascending: rows that are not always available."""
+    window_from_ms: np.ndarray
+    window_until_ms: np.ndarray
+    """(W,) int64: available from the first instant up to, and not at, the second."""
+    member_set: np.ndarray
+    member_region: np.ndarray
+    """The sets, as pairs: region `region_names[member_region[i]]` belongs to set `member_set[i]`."""
+    region_names: tuple[str, ...]
+    language_names: tuple[str, ...]
+    min_ages: tuple[int, ...]
+    """The distinct ones, ascending, from 0."""
+    safety_levels: tuple[int, ...]
+
+    def __len__(self) -> int:
+        return len(self.region_set)
+
+    @classmethod
+    def of(cls, videos: pa.Table, first_row: int = 0) -> Attributes:
+        """From canonical videos in the order of their rows; columns that are not there limit nothing, and neither do
+        rows before `first_row` (the bundle's row 0, the unknown video). Rows must have passed `features.validate`."""
+        given = {
+            field.name: videos[field.name].combine_chunks()
+            if field.name in videos.column_names
+            else pa.nulls(len(videos), field.type)
+            for field in LIMITS
+        }
+        region_set, sets, region_names = _region_sets(given["regions"])
+        language, language_names = _languages(given["language"])
+        min_age, safety = (_numbers(given[name], 0).astype(np.uint8) for name in ("min_age", "safety_level"))
+        from_ms = _numbers(given["available_from_ms"], NO_BEGIN_MS)
+        until_ms = _numbers(given["available_until_ms"], NO_END_MS)
+        windowed = np.flatnonzero((from_ms != NO_BEGIN_MS) | (until_ms != NO_END_MS))
+        pairs = np.array([(s, r) for s, regions in enumerate(sets) for r in regions], np.int64).reshape(-1, 2)
+        return cls(
+            **{
+                name: np.concatenate([np.zeros(first_row, values.dtype), values])
+                for name, values in (
+                    ("region_set", region_set),
+                    ("language", language),
+                    ("min_age", min_age),
+                    ("safety_level", safety),
+                )
+            },
+            window_rows=windowed + first_row,
+            window_from_ms=from_ms[windowed],
+            window_until_ms=until_ms[windowed],
+            member_set=pairs[:, 0],
+            member_region=pairs[:, 1],
+            region_names=region_names,
+            language_names=language_names,
+            min_ages=tuple(np.union1d([0], min_age).tolist()),
+            safety_levels=tuple(np.union1d([0], safety).tolist()),
+        )
+
+    @classmethod
+    def unlimited(cls, n_rows: int) -> Attributes:
+        """Of videos that everybody may be shown at any time."""
+        return cls.of(pa.table({}), first_row=n_rows)
+
+    def permits(self, viewer: Viewer, rows_N: np.ndarray, now_ms: int) -> np.ndarray:
+        """(N,) bool: may each be shown to the viewer at the instant?"""
+        return ~np.logical_or.reduce(list(self.broken(viewer, rows_N, now_ms).values()))
+
+    def broken(self, viewer: Viewer, rows_N: np.ndarray, now_ms: int) -> dict[str, np.ndarray]:
+        """A mask (N,) a limit, True where it forbids the row."""
+        from_ms_N, until_ms_N = self.windows_of(rows_N)
+        return {"unavailable": (from_ms_N > now_ms) | (until_ms_N <= now_ms), **self.unfit(viewer, rows_N)}
+
+    def unfit(self, viewer: Viewer, rows_N: np.ndarray) -> dict[str, np.ndarray]:
+        """`broken` without the limits in time."""
+        return {
+            "region": ~self.sets_open_to(viewer)[self.region_set[rows_N]],
+            "language": ~self.languages_for(viewer)[self.language[rows_N]],
+            "age": self.min_age[rows_N] > (viewer.age_years or 0),
+            "safety": self.safety_level[rows_N] > (viewer.max_safety_level or 0),
+        }
+
+    def windows_of(self, rows_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(N,) int64 first instant and (N,) first instant after; NO_BEGIN_MS and NO_END_MS where there is none."""
+        if not len(self.window_rows):
+            return np.full(len(rows_N), NO_BEGIN_MS), np.full(len(rows_N), NO_END_MS)
+        at = np.minimum(np.searchsorted(self.window_rows, rows_N), len(self.window_rows) - 1)
+        has = self.window_rows[at] == rows_N
+        return (
+            np.where(has, self.window_from_ms[at], NO_BEGIN_MS),
+            np.where(has, self.window_until_ms[at], NO_END_MS),
+        )
+
+    def sets_open_to(self, viewer: Viewer) -> np.ndarray:
+        """(sets + 1,) bool by value of `region_set`."""
+        open_S = np.zeros(int(self.member_set.max(initial=0)) + 1, bool)
+        open_S[0] = True
+        if viewer.region and (region := folded(viewer.region)) in self.region_names:
+            open_S[self.member_set[self.member_region == self.region_names.index(region)]] = True
+        return open_S
+
+    def languages_for(self, viewer: Viewer) -> np.ndarray:
+        """(languages + 1,) bool by value of `language`."""
+        ranges = {folded(tag) for tag in viewer.languages}
+        fits = (not ranges or any(_extends(tag, wanted) for wanted in ranges) for tag in self.language_names)
+        return np.array([True, *fits])
+
+    def save(self, folder: Path) -> None:
+        """Write `limits_NAME.npy` for each array and `limits.json` into an existing folder."""
+        for field in fields(self):
+            if field.name not in _NAMES:
+                np.save(folder / f"limits_{field.name}.npy", getattr(self, field.name), allow_pickle=False)
+        (folder / "limits.json").write_text(json.dumps({name: getattr(self, name) for name in _NAMES}))
+
+    @classmethod
+    def load(cls, folder: Path) -> Attributes:
+        """Memory-map what `save` wrote."""
+        saved: dict[str, Any] = {
+            field.name: np.asarray(np.load(folder / f"limits_{field.name}.npy", mmap_mode="r", allow_pickle=False))
+            for field in fields(cls)
+            if field.name not in _NAMES
+        }
+        names = json.loads((folder / "limits.json").read_text())
+        return cls(**(saved | {name: tuple(names[name]) for name in _NAMES}))
+
+
+def folded(code: str) -> str:
+    """A region code or language tag as it is compared."""
+    return code.strip().lower().replace("_", "-")
+
+
+def _extends(tag: str, wanted: str) -> bool:
+    return tag == wanted or tag.startswith(f"{wanted}-")
+
+
+def _region_sets(column: pa.Array) -> tuple[np.ndarray, list[list[int]], tuple[str, ...]]:
+    """Set of each video, the sets (indices into the names; the first is everywhere), and the names."""
+    joined = pc.binary_join(column, _SEPARATOR).fill_null("").dictionary_encode()
+    spelt = [
+        frozenset(folded(name) for name in text.split(_SEPARATOR)) - {""} for text in joined.dictionary.to_pylist()
+    ]
+    names = tuple(sorted({name for regions in spelt for name in regions}))
+    place, sets = {name: i for i, name in enumerate(names)}, {frozenset[str](): 0}
+    codes = [sets.setdefault(regions, len(sets)) for regions in spelt]
+    return _coded(joined, codes), [sorted(place[name] for name in regions) for regions in sets], names
+
+
+def _languages(column: pa.Array) -> tuple[np.ndarray, tuple[str, ...]]:
+    tags = column.fill_null("").dictionary_encode()
+    spelt = [folded(tag) for tag in tags.dictionary.to_pylist()]
+    names = tuple(sorted(set(spelt) - {""}))
+    place = {"": 0} | {name: 1 + i for i, name in enumerate(names)}
+    return _coded(tags, [place[tag] for tag in spelt]), names
+
+
+def _coded(column: pa.DictionaryArray, codes: list[int]) -> np.ndarray:
+    """Each video's code, from those of the distinct spellings, in the narrowest type that holds them all."""
+    narrow = np.array(codes, np.min_scalar_type(max(codes, default=0)))
+    return narrow[column.indices.to_numpy(zero_copy_only=False)]
+
+
+def _numbers(column: pa.Array, null: int) -> np.ndarray:
+    return column.cast(pa.int64()).fill_null(null).to_numpy(zero_copy_only=False)

@@ -7,9 +7,10 @@ without regard to case, `_` as `-`.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -17,8 +18,11 @@ import pyarrow.compute as pc
 
 from features.schema import LIMITS
 
+T = TypeVar("T", bound=Hashable)
 NO_BEGIN_MS, NO_END_MS = np.iinfo(np.int64).min, np.iinfo(np.int64).max
 _SEPARATOR = "\x1f"
+_PIECE = 1 << 20
+"""Videos read together."""
 _NAMES = ("region_names", "language_names", "min_ages", "safety_levels")
 
 
@@ -82,18 +86,22 @@ class Attributes:
         """From canonical videos in the order of their rows; columns that are not there limit nothing, and neither do
         rows before `first_row` (the bundle's row 0, the unknown video). Rows must have passed `features.validate`."""
         given = {
-            field.name: videos[field.name].combine_chunks()
+            field.name: videos[field.name]
             if field.name in videos.column_names
-            else pa.nulls(len(videos), field.type)
+            else pa.chunked_array([pa.nulls(len(videos), field.type)])
             for field in LIMITS
         }
-        region_set, sets, region_names = _region_sets(given["regions"])
-        language, language_names = _languages(given["language"])
+        set_codes, language_codes = {frozenset[str](): 0}, {"": 0}
+        region_set = _coded(given["regions"], _regions, set_codes)
+        language = _coded(given["language"], folded, language_codes)
+        region_names = tuple(sorted(frozenset[str]().union(*set_codes)))
+        place = {name: i for i, name in enumerate(region_names)}
+        pairs = [(code, place[name]) for regions, code in set_codes.items() for name in sorted(regions)]
         min_age, safety = (_numbers(given[name], 0).astype(np.uint8) for name in ("min_age", "safety_level"))
         from_ms = _numbers(given["available_from_ms"], NO_BEGIN_MS)
         until_ms = _numbers(given["available_until_ms"], NO_END_MS)
         windowed = np.flatnonzero((from_ms != NO_BEGIN_MS) | (until_ms != NO_END_MS))
-        pairs = np.array([(s, r) for s, regions in enumerate(sets) for r in regions], np.int64).reshape(-1, 2)
+        member_set, member_region = np.array(pairs, np.int64).reshape(-1, 2).T.copy()
         return cls(
             **{
                 name: np.concatenate([np.zeros(first_row, values.dtype), values])
@@ -107,10 +115,10 @@ class Attributes:
             window_rows=windowed + first_row,
             window_from_ms=from_ms[windowed],
             window_until_ms=until_ms[windowed],
-            member_set=pairs[:, 0],
-            member_region=pairs[:, 1],
+            member_set=member_set,
+            member_region=member_region,
             region_names=region_names,
-            language_names=language_names,
+            language_names=tuple(language_codes)[1:],
             min_ages=tuple(np.union1d([0], min_age).tolist()),
             safety_levels=tuple(np.union1d([0], safety).tolist()),
         )
@@ -178,8 +186,8 @@ class Attributes:
             for field in fields(cls)
             if field.name not in _NAMES
         }
-        names = json.loads((folder / "limits.json").read_text())
-        return cls(**(saved | {name: tuple(names[name]) for name in _NAMES}))
+        saved |= {name: tuple(names) for name, names in json.loads((folder / "limits.json").read_text()).items()}
+        return cls(**saved)
 
 
 def folded(code: str) -> str:
@@ -191,31 +199,27 @@ def _extends(tag: str, wanted: str) -> bool:
     return tag == wanted or tag.startswith(f"{wanted}-")
 
 
-def _region_sets(column: pa.Array) -> tuple[np.ndarray, list[list[int]], tuple[str, ...]]:
-    """Set of each video, the sets (indices into the names; the first is everywhere), and the names."""
-    joined = pc.binary_join(column, _SEPARATOR).fill_null("").dictionary_encode()
-    spelt = [
-        frozenset(folded(name) for name in text.split(_SEPARATOR)) - {""} for text in joined.dictionary.to_pylist()
-    ]
-    names = tuple(sorted({name for regions in spelt for name in regions}))
-    place, sets = {name: i for i, name in enumerate(names)}, {frozenset[str](): 0}
-    codes = [sets.setdefault(regions, len(sets)) for regions in spelt]
-    return _coded(joined, codes), [sorted(place[name] for name in regions) for regions in sets], names
+def _regions(joined: str) -> frozenset[str]:
+    return frozenset(map(folded, joined.split(_SEPARATOR))) - {""}
 
 
-def _languages(column: pa.Array) -> tuple[np.ndarray, tuple[str, ...]]:
-    tags = column.fill_null("").dictionary_encode()
-    spelt = [folded(tag) for tag in tags.dictionary.to_pylist()]
-    names = tuple(sorted(set(spelt) - {""}))
-    place = {"": 0} | {name: 1 + i for i, name in enumerate(names)}
-    return _coded(tags, [place[tag] for tag in spelt]), names
+def _coded(column: pa.ChunkedArray, read: Callable[[str], T], codes: dict[T, int]) -> np.ndarray:
+    """Each video's code, in the narrowest type that holds them all; new values get the next codes.
+
+    A piece at a time: the text of a whole catalogue would not fit an Arrow string column.
+    """
+    parts = [np.zeros(0, np.uint8)]
+    for chunk in column.chunks:
+        for start in range(0, len(chunk), _PIECE):
+            piece = chunk.slice(start, _PIECE)
+            if pa.types.is_list(piece.type):
+                piece = pc.call_function("binary_join", [piece, pa.scalar(_SEPARATOR)])
+            spellings = piece.fill_null("").dictionary_encode()
+            found = [codes.setdefault(read(text), len(codes)) for text in spellings.dictionary.to_pylist()]
+            narrow = np.array(found, np.min_scalar_type(max(found)))
+            parts.append(narrow[spellings.indices.to_numpy(zero_copy_only=False)])
+    return np.concatenate(parts)
 
 
-def _coded(column: pa.DictionaryArray, codes: list[int]) -> np.ndarray:
-    """Each video's code, from those of the distinct spellings, in the narrowest type that holds them all."""
-    narrow = np.array(codes, np.min_scalar_type(max(codes, default=0)))
-    return narrow[column.indices.to_numpy(zero_copy_only=False)]
-
-
-def _numbers(column: pa.Array, null: int) -> np.ndarray:
-    return column.cast(pa.int64()).fill_null(null).to_numpy(zero_copy_only=False)
+def _numbers(column: pa.ChunkedArray, null: int) -> np.ndarray:
+    return column.cast(pa.int64()).fill_null(null).to_numpy()

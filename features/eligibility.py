@@ -83,50 +83,60 @@ class Attributes:
 
     @classmethod
     def of(cls, videos: pa.Table, first_row: int = 0) -> Attributes:
-        """From canonical videos in the order of their rows; columns that are not there limit nothing, and neither do
-        rows before `first_row` (the bundle's row 0, the unknown video). Rows must have passed `features.validate`."""
+        """From canonical videos in the order of their rows; rows before `first_row` have no limits (the bundle's row 0,
+        the unknown video)."""
+        return cls.unlimited(first_row).append(videos)
+
+    @classmethod
+    def unlimited(cls, n_rows: int) -> Attributes:
+        """Of videos that everybody may be shown at any time."""
+        codes = {name: np.zeros(n_rows, np.uint8) for name in ("region_set", "language", "min_age", "safety_level")}
+        lists = ("window_rows", "window_from_ms", "window_until_ms", "member_set", "member_region")
+        names = {"region_names": (), "language_names": (), "min_ages": (0,), "safety_levels": (0,)}
+        return cls(**codes, **{name: np.zeros(0, np.int64) for name in lists}, **names)
+
+    def append(self, videos: pa.Table) -> Attributes:
+        """These rows, then those of canonical videos that have passed `features.validate`; columns that are not there
+        limit nothing. Copies this object's arrays: made for few rows, such as uploads since a bundle was made."""
         given = {
             field.name: videos[field.name]
             if field.name in videos.column_names
             else pa.chunked_array([pa.nulls(len(videos), field.type)])
             for field in LIMITS
         }
-        set_codes, language_codes = {frozenset[str](): 0}, {"": 0}
+        set_codes, language_codes = self._sets(), {"": 0} | {tag: 1 + i for i, tag in enumerate(self.language_names)}
         region_set = _coded(given["regions"], _regions, set_codes)
         language = _coded(given["language"], folded, language_codes)
-        region_names = tuple(sorted(frozenset[str]().union(*set_codes)))
-        place = {name: i for i, name in enumerate(region_names)}
+        names = dict.fromkeys([*self.region_names, *(name for regions in set_codes for name in sorted(regions))])
+        place = {name: i for i, name in enumerate(names)}
         pairs = [(code, place[name]) for regions, code in set_codes.items() for name in sorted(regions)]
+        member_set, member_region = np.array(pairs, np.int64).reshape(-1, 2).T.copy()
         min_age, safety = (_numbers(given[name], 0).astype(np.uint8) for name in ("min_age", "safety_level"))
         from_ms = _numbers(given["available_from_ms"], NO_BEGIN_MS)
         until_ms = _numbers(given["available_until_ms"], NO_END_MS)
         windowed = np.flatnonzero((from_ms != NO_BEGIN_MS) | (until_ms != NO_END_MS))
-        member_set, member_region = np.array(pairs, np.int64).reshape(-1, 2).T.copy()
-        return cls(
-            **{
-                name: np.concatenate([np.zeros(first_row, values.dtype), values])
-                for name, values in (
-                    ("region_set", region_set),
-                    ("language", language),
-                    ("min_age", min_age),
-                    ("safety_level", safety),
-                )
-            },
-            window_rows=windowed + first_row,
-            window_from_ms=from_ms[windowed],
-            window_until_ms=until_ms[windowed],
+        return Attributes(
+            region_set=np.concatenate([self.region_set, region_set]),
+            language=np.concatenate([self.language, language]),
+            min_age=np.concatenate([self.min_age, min_age]),
+            safety_level=np.concatenate([self.safety_level, safety]),
+            window_rows=np.concatenate([self.window_rows, windowed + len(self)]),
+            window_from_ms=np.concatenate([self.window_from_ms, from_ms[windowed]]),
+            window_until_ms=np.concatenate([self.window_until_ms, until_ms[windowed]]),
             member_set=member_set,
             member_region=member_region,
-            region_names=region_names,
+            region_names=tuple(names),
             language_names=tuple(language_codes)[1:],
-            min_ages=tuple(np.union1d([0], min_age).tolist()),
-            safety_levels=tuple(np.union1d([0], safety).tolist()),
+            min_ages=tuple(np.union1d(self.min_ages, min_age).tolist()),
+            safety_levels=tuple(np.union1d(self.safety_levels, safety).tolist()),
         )
 
-    @classmethod
-    def unlimited(cls, n_rows: int) -> Attributes:
-        """Of videos that everybody may be shown at any time."""
-        return cls.of(pa.table({}), first_row=n_rows)
+    def _sets(self) -> dict[frozenset[str], int]:
+        """Code of each set of regions; everywhere is the empty set."""
+        members: dict[int, set[str]] = {0: set()}
+        for code, region in zip(self.member_set.tolist(), self.member_region.tolist(), strict=True):
+            members.setdefault(code, set()).add(self.region_names[region])
+        return {frozenset(regions): code for code, regions in members.items()}
 
     def permits(self, viewer: Viewer, rows_N: np.ndarray, now_ms: int) -> np.ndarray:
         """(N,) bool: may each be shown to the viewer at the instant?"""
@@ -212,7 +222,7 @@ def _coded(column: pa.ChunkedArray, read: Callable[[str], T], codes: dict[T, int
     for chunk in column.chunks:
         for start in range(0, len(chunk), _PIECE):
             piece = chunk.slice(start, _PIECE)
-            if pa.types.is_list(piece.type):
+            if pa.types.is_nested(piece.type):
                 piece = pc.call_function("binary_join", [piece, pa.scalar(_SEPARATOR)])
             spellings = piece.fill_null("").dictionary_encode()
             found = [codes.setdefault(read(text), len(codes)) for text in spellings.dictionary.to_pylist()]

@@ -74,6 +74,18 @@ def test_without_columns_of_limits_everybody_may_be_shown_everything() -> None:
     assert len(Attributes.unlimited(7)) == 7
 
 
+def test_uploads_appended_in_pieces_permit_what_one_table_of_all_permits() -> None:
+    rng = np.random.default_rng(12)
+    table = pa.table(random_limits(rng, 90, NOW_MS))
+    whole, grown = Attributes.of(table), Attributes.unlimited(0)
+    for start in (0, 1, 2, 20, 60):
+        grown = grown.append(table.slice(start, {0: 1, 1: 1, 2: 18, 20: 40, 60: 30}[start]))
+    for _ in range(40):
+        viewer, now_ms = random_viewer(rng), NOW_MS + int(rng.integers(-90, 90)) * HOUR_MS
+        expected = whole.permits(viewer, np.arange(90), now_ms)
+        assert np.array_equal(grown.permits(viewer, np.arange(90), now_ms), expected)
+
+
 def test_saved_and_mapped_they_permit_the_same(tmp_path) -> None:
     rng = np.random.default_rng(9)
     made = Attributes.of(pa.table(random_limits(rng, 80, NOW_MS)), first_row=1)

@@ -43,20 +43,19 @@ class Windows:
             ends += [attributes.window_rows[wanted][order], at_ms[wanted][order]]
         return cls(*ends)
 
-    def changing(self, after_ms: int, last_ms: int) -> list[np.ndarray]:
+    def changing(self, after_ms: int, last_ms: int) -> np.ndarray:
         """Rows that come or go at an instant in (after, last]; some twice."""
         found = []
         for rows, at_ms in ((self.from_rows, self.from_ms), (self.until_rows, self.until_ms)):
             begin, end = np.searchsorted(at_ms, [after_ms, last_ms], side="right")
             found.append(rows[begin:end])
-        return found
+        return np.concatenate(found)
 
-    def outside(self, now_ms: int) -> list[np.ndarray]:
-        """Rows that are not available at an instant."""
-        return [
-            self.from_rows[np.searchsorted(self.from_ms, now_ms, side="right") :],
-            self.until_rows[: np.searchsorted(self.until_ms, now_ms, side="right")],
-        ]
+    def outside(self, now_ms: int) -> np.ndarray:
+        """Rows that are not available at an instant, each once."""
+        to_come = self.from_rows[np.searchsorted(self.from_ms, now_ms, side="right") :]
+        gone = self.until_rows[: np.searchsorted(self.until_ms, now_ms, side="right")]
+        return np.concatenate([to_come, gone])
 
     def save(self, folder: Path) -> None:
         """Write `windows_NAME.npy` for each array into an existing folder."""
@@ -131,17 +130,11 @@ class Timeline:
     def _make(self, begin_ms: int) -> Stretch:
         if self._kept:
             near = min(self._kept, key=lambda stretch: abs(stretch.begin_ms - begin_ms))
-            moved = self._changing(*sorted((near.begin_ms, begin_ms)))
-            counts = near.at_begin - self._counts(moved, near.begin_ms)
-            bits, touched = near.bits.copy(), np.union1d(moved, near.edge_rows)
+            bits, counts = self._moved(near, begin_ms)
         else:
-            moved = touched = self._outside(begin_ms)
-            counts, bits = np.zeros(4, np.int64), np.packbits(self._eligible_V, bitorder="little")
-        counts = counts + self._counts(moved, begin_ms)
-        right_time = self._lifetimes(touched).reasons(begin_ms, self.max_age_ms) == 0
+            bits, counts = self._first(begin_ms)
         edge_rows = self._changing(begin_ms, begin_ms + SHARED_MS - 1)
-        switch(bits, touched[~right_time], on=False)
-        switch(bits, np.union1d(touched[right_time], edge_rows), on=True)
+        switch(bits, edge_rows, on=True)
         return Stretch(
             begin_ms=begin_ms,
             bits=bits,
@@ -151,21 +144,35 @@ class Timeline:
             always=counts - self._counts(edge_rows, begin_ms),
         )
 
-    def _changing(self, after_ms: int, last_ms: int) -> np.ndarray:
-        """Rows whose reason may differ between the two instants, ascending; an age is too high one later than a time is
-        reached, hence the two ways to count."""
+    def _first(self, now_ms: int) -> tuple[np.ndarray, np.ndarray]:
+        """Bitmap of what may be shown at an instant, and the rows with each reason not to be (4,): over everything."""
         before, by_time = self._uploads.before, self._uploads.by_time
-        parts = [by_time[before(after_ms + 1) : before(last_ms + 1)], *self._windows.changing(after_ms, last_ms)]
-        if self.max_age_ms is not None:
-            parts.append(by_time[before(after_ms - self.max_age_ms) : before(last_ms - self.max_age_ms)])
-        return np.unique(np.concatenate(parts))
+        future = by_time[before(now_ms + 1) :]
+        old = by_time[: 0 if self.max_age_ms is None else before(now_ms - self.max_age_ms)]
+        shown_V = np.array(self._eligible_V)
+        shown_V[future] = False
+        shown_V[old] = False
+        unavailable = self._windows.outside(now_ms)
+        unavailable = unavailable[shown_V[unavailable]]
+        shown_V[unavailable] = False
+        return np.packbits(shown_V, bitorder="little"), np.array([0, len(future), len(old), len(unavailable)])
 
-    def _outside(self, now_ms: int) -> np.ndarray:
-        """Rows with any reason at an instant, ascending."""
+    def _moved(self, near: Stretch, now_ms: int) -> tuple[np.ndarray, np.ndarray]:
+        """The same from a stretch: only rows that changed between, and its edge, are looked at."""
+        changed = self._changing(*sorted((near.begin_ms, now_ms)))
+        counts = near.at_begin - self._counts(changed, near.begin_ms) + self._counts(changed, now_ms)
+        bits, touched = near.bits.copy(), np.union1d(changed, near.edge_rows)
+        shown = self._lifetimes(touched).reasons(now_ms, self.max_age_ms) == 0
+        switch(bits, touched[~shown], on=False)
+        switch(bits, touched[shown], on=True)
+        return bits, counts
+
+    def _changing(self, after_ms: int, last_ms: int) -> np.ndarray:
+        """Rows whose reason may differ between the two instants, ascending."""
         before, by_time = self._uploads.before, self._uploads.by_time
-        parts = [by_time[before(now_ms + 1) :], *self._windows.outside(now_ms)]
-        if self.max_age_ms is not None:
-            parts.append(by_time[: before(now_ms - self.max_age_ms)])
+        parts = [by_time[before(after_ms + 1) : before(last_ms + 1)], self._windows.changing(after_ms, last_ms)]
+        if self.max_age_ms is not None:  # at exactly this age a video is still young: no + 1 here
+            parts.append(by_time[before(after_ms - self.max_age_ms) : before(last_ms - self.max_age_ms)])
         return np.unique(np.concatenate(parts))
 
     def _lifetimes(self, rows_N: np.ndarray) -> Lifetimes:

@@ -35,7 +35,7 @@ class World:
     @classmethod
     def of(cls, seed: int, folder: Path, *, limited: bool = True) -> World:
         rng = np.random.default_rng(seed)
-        upload_ms = NOW_MS + rng.integers(-100, 10, V) * HOUR_MS + rng.integers(0, 3, V) * 60_000
+        upload_ms = NOW_MS + rng.integers(-100, 10, V) * HOUR_MS + rng.integers(0, 30, V) * 2 * 60_000 - 1
         upload_ms[rng.random(V) < 0.1] = -1
         eligible = rng.random(V) < 0.8
         eligible[0] = False
@@ -56,10 +56,13 @@ class World:
 def test_allowed_rows_and_counts_are_those_of_masks_made_for_the_request(max_age_h: float | None, tmp_path) -> None:
     world, rng, rows_V = World.of(1, tmp_path), np.random.default_rng(2), np.arange(V)
     eligibility, viewers = world.eligibility(max_age_h), [random_viewer(rng) for _ in range(6)]
+    windows = (world.attributes.window_from_ms, world.attributes.window_until_ms)
+    changes_ms = np.concatenate([world.upload_ms, *windows, world.upload_ms + round((max_age_h or 0) * HOUR_MS)])
+    changes_ms = changes_ms[np.abs(changes_ms - NOW_MS) < 200 * HOUR_MS]
     for number in range(400):
-        # Minutes apart as in serving, then days apart as for logs of the past; often at the instant of a change.
-        step = 7 * 60_000 if number < 150 else int(rng.integers(-120, 12)) * HOUR_MS
-        now_ms = NOW_MS + (number * step if number < 150 else step) + int(rng.integers(-1, 2))
+        # Minutes apart as in serving, then days apart as for logs of the past; at the instant of a change, or beside it.
+        now_ms = NOW_MS - HOUR_MS + number * 123_456 if number < 150 else int(rng.choice(changes_ms))
+        now_ms += int(rng.integers(-1, 2))
         viewer = viewers[int(rng.integers(len(viewers)))] if number % 2 else random_viewer(rng)
         lists = [np.unique(rng.integers(1, V, size)) for size in rng.choice([0, 3, 400], 3)]
         age_ms = now_ms - world.upload_ms

@@ -20,7 +20,7 @@ from features.eligibility import Attributes, Viewer
 sys.path.insert(0, str(Path(__file__).parents[1] / "features"))
 from video_limits import random_limits, random_viewer
 
-V, NOW_MS = 1_001, 1_700_000_000_000
+V, NOW_MS = 1_001, 1_700_000_400_000  # where ten minutes begin
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ def test_allowed_rows_and_counts_are_those_of_masks_made_for_the_request(max_age
     changes_ms = np.concatenate([world.upload_ms, *windows, world.upload_ms + round((max_age_h or 0) * HOUR_MS)])
     changes_ms = changes_ms[np.abs(changes_ms - NOW_MS) < 200 * HOUR_MS]
     for number in range(400):
-        # Minutes apart as in serving, then days apart as for logs of the past; at the instant of a change, or beside it.
+        # Minutes apart as in serving, then days apart as for logs of the past: at the instant of a change or beside it.
         now_ms = NOW_MS - HOUR_MS + number * 123_456 if number < 150 else int(rng.choice(changes_ms))
         now_ms += int(rng.integers(-1, 2))
         viewer = viewers[int(rng.integers(len(viewers)))] if number % 2 else random_viewer(rng)

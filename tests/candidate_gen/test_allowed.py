@@ -35,7 +35,9 @@ class World:
     @classmethod
     def of(cls, seed: int, folder: Path, *, limited: bool = True) -> World:
         rng = np.random.default_rng(seed)
-        upload_ms = NOW_MS + rng.integers(-100, 10, V) * HOUR_MS + rng.integers(0, 30, V) * 2 * 60_000 - 1
+        upload_ms = (
+            NOW_MS + rng.integers(-100, 10, V) * HOUR_MS + rng.integers(0, 30, V) * 120_000 - rng.integers(0, 2, V)
+        )
         upload_ms[rng.random(V) < 0.1] = -1
         eligible = rng.random(V) < 0.8
         eligible[0] = False

@@ -11,11 +11,13 @@ from pathlib import Path
 import grpc
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
 from candidate_gen.blend import BlendConfig
 from features.artifacts import Registry
 from features.eligibility import Viewer
 from features.schema import LIMITS
+from pipelines.cli import app
 from serving.bundle import FeedBundle
 from serving.client import FeedClient
 from serving.config import FeedConfig, FilterConfig
@@ -201,5 +203,13 @@ def test_a_viewer_of_twelve_is_never_sent_an_adult_video_over_the_wire(limited, 
         ):
             for call in (client.get_feed, client.retrieve):
                 assert refused(call, 1, viewer=viewer) == (grpc.StatusCode.INVALID_ARGUMENT, details)
+        words = ["feed", "--user", "77", "--address", f"127.0.0.1:{server.port}", "--now-ms", str(limited.now_ms)]
+        told = CliRunner().invoke(app, [*words, "--age", "12", "--region", "de", "--language", "en", "--k", "50"])
+        printed = {video_id for video_id in ages if str(video_id) in told.output}
+        wrong = CliRunner().invoke(app, [*words, "--age", "-3"])
+    as_told = Viewer(region="DE", languages=("en",), age_years=12)
+    assert printed
+    assert printed <= set(showable(limited, there.bundle("limited"), 77, as_told, limited.now_ms))
+    assert isinstance(wrong.exception, grpc.RpcError)
     assert max(shown[12]) == 12
     assert max(shown[18]) == 18

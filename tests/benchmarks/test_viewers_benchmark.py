@@ -8,11 +8,11 @@ from benchmarks.viewers import AGES, LANGUAGES, LEVELS, NOW_MS, REGIONS, measure
 
 
 def test_figures_are_of_the_catalogue_that_was_asked_for(tmp_path) -> None:
-    n = 20_003
+    n = 200_003
     found = measure(n, 40, tmp_path)
     assert found["bitmaps"] == (1 + REGIONS) + (1 + LANGUAGES) + (len(AGES) - 1) + (LEVELS - 1)
     assert found["bitmap_bytes_on_disk"] == found["bitmaps"] * found["kept_bytes_a_kind"]
-    assert found["kept_bytes_a_kind"] == 2_501
+    assert found["kept_bytes_a_kind"] == 25_001
     assert 5 < found["attribute_bytes_a_video"] < 6, "300 sets of regions take two bytes, a window in 200 a tenth"
     assert all(value > 0 for value in found.values())
 

@@ -59,25 +59,35 @@ def main() -> None:
 def measure(registry: Path, n_requests: int, n_clients: int) -> dict[str, Any]:
     """All figures of one run."""
     machine = describe(("torch", "torchrec", "faiss-cpu", "grpcio", "numpy"))
-    bundle = Registry(registry).open()
-    users = np.load(bundle.path("users/users_ids.npy"), mmap_mode="r", allow_pickle=False)
-    now_ms = (
-        int(np.load(bundle.path("history/history_ts_ms.npy"), mmap_mode="r", allow_pickle=False).max(initial=1)) + 1
-    )
+    bundle, (users, now_ms) = Registry(registry).open(), users_and_instant(registry)
     asked = np.random.default_rng(1).choice(users, n_requests * 2).tolist()
-    with tempfile.TemporaryDirectory() as scratch, _server(registry, Path(scratch) / "events.sqlite") as (pid, address):
+    with (
+        tempfile.TemporaryDirectory() as scratch,
+        server(registry, Path(scratch) / "store.sqlite") as (process, address),
+    ):
+        pid = process.pid
         with FeedClient(address) as client:
             for user in asked[: n_requests // 4]:
                 client.get_feed(user, k=K, now_ms=now_ms)
             alone = _alone(client, asked[:n_requests], now_ms, pid)
-        together = _together(address, asked[n_requests:], now_ms, n_clients, pid)
+        many = together(address, asked[n_requests:], now_ms, n_clients, pid)
     videos = np.load(bundle.path("videos/videos_ids.npy"), mmap_mode="r", allow_pickle=False)
     return {
         "bundle": {"version": bundle.version, "videos": len(videos), "users": len(users)},
         "machine": machine,
         "one_client": alone,
-        "many_clients": together,
+        "many_clients": many,
     }
+
+
+def users_and_instant(registry: Path) -> tuple[np.ndarray, int]:
+    """The live bundle's user ids, and the millisecond after its last event."""
+    bundle = Registry(registry).open()
+    users, ts_ms = (
+        np.load(bundle.path(name), mmap_mode="r", allow_pickle=False)
+        for name in ("users/users_ids.npy", "history/history_ts_ms.npy")
+    )
+    return users, int(ts_ms.max(initial=1)) + 1
 
 
 def show(figures: dict[str, Any], console: Console) -> None:
@@ -131,7 +141,8 @@ def _alone(client: FeedClient, users: list[int], now_ms: int, pid: int) -> dict[
     return {**figures, "stages_ms": stages_ms, "candidates": float(np.median(candidates))}
 
 
-def _together(address: str, users: list[int], now_ms: int, n_clients: int, pid: int) -> dict[str, Any]:
+def together(address: str, users: list[int], now_ms: int, n_clients: int, pid: int) -> dict[str, Any]:
+    """One request for each user, from so many clients at a time."""
     latencies: list[float] = []
     answers: list[FeedResponse] = []
     refused: list[str] = []
@@ -174,14 +185,17 @@ def _figures(
 
 
 @contextmanager
-def _server(registry: Path, store: Path) -> Iterator[tuple[int, str]]:
-    command = [sys.executable, "-c", SERVER, str(registry), str(store)]
+def server(
+    registry: Path, store: Path, script: str = SERVER, *arguments: str
+) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """`serving.server` on a registry, in a process of its own, and its address; ended at the end."""
+    command = [sys.executable, "-c", script, str(registry), str(store), *arguments]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         try:
             line = process.stdout.readline() if process.stdout is not None else ""
             if not line:
                 raise RuntimeError(f"the server on {registry} did not start; its error is above")
-            yield process.pid, line.split()[0]
+            yield process, line.split()[0]
         finally:
             process.terminate()
 

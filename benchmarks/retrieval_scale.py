@@ -6,7 +6,8 @@
 The corpus is a folder of a trained video tower's vectors and the user tower's queries (`benchmarks.vectors`), read in
 blocks and never held. Asked are 1,000 videos a query; recall is the share of the exact top 100 among them. The index is
 built on two threads in a process of its own (kept in --work) and opened in a fresh one with one thread, whose memory is
-all of it, Python and libraries included, after every query was answered at the widest setting. Latency is of one query
+all of it, Python and libraries included, after every query was answered at the widest setting; a second process then
+does the same beside it, to show what they share. Latency is of one query
 at a time on that thread, once every page was touched. Queries a second are of batches on two threads.
 
 `--layout-only` writes an index of full size whose codes are drawn at random: memory and access pattern are the real
@@ -81,6 +82,10 @@ def measure_size(
         process.run(_answer_all, settings[-1])
         sweep = [process.run(_measure, setting) for setting in settings]
         memory = process.run(machine.resident_mib)
+        with FreshProcess(threads=1) as second:
+            second.run(_open, build["folder"], query_QD, exact_QK)
+            second.run(_answer_all, settings[-1])
+            both = [each.run(machine.resident_mib) for each in (process, second)]
     at_target = None if options.layout_only else measure.at_recall(sweep, TARGET)
     chosen = at_target.setting if at_target else settings[-1]
     with FreshProcess(threads=THREADS) as process:
@@ -92,6 +97,7 @@ def measure_size(
         "dim": corpus.dim,
         "build": build,
         "memory_mib": memory,
+        "memory_of_two_mib": both,
         "sweep": [{**asdict(point), "recall": None} if options.layout_only else asdict(point) for point in sweep],
         "at_target": asdict(at_target) if at_target else None,
         "batched": {"setting": chosen, "batches": batches},
@@ -109,6 +115,12 @@ def show_size(size: dict[str, Any], console: Console) -> None:
     for batch in size["batched"]["batches"]:
         table.add_row(str(batch["size"]), f"{batch['per_s']:,.0f}", f"{batch['cpu_ms']:.2f}")
     console.print(table)
+    one, (first, second) = size["memory_mib"], size["memory_of_two_mib"]
+    console.print(
+        f"One process holds {one['rss']:,.0f} MiB; two that answered the same queries together "
+        f"{first['pss'] + second['pss']:,.0f}: of the second's {second['rss']:,.0f}, {second['anonymous']:,.0f} are "
+        "its own and the rest is shared"
+    )
 
 
 def show_growth(figures: dict[str, Any], console: Console) -> None:

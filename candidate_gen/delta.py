@@ -8,6 +8,7 @@ one or both, never neither.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -92,15 +93,19 @@ class Delta:
         *,
         floor_Q1: np.ndarray,
         allowed_bits: np.ndarray | None,
-        excluded_ids: np.ndarray,
+        excluded_ids: Sequence[np.ndarray],
     ) -> Found:
         """Exact best by inner product, in no order: at most k, and of those only what scores above a query's floor.
 
-        `allowed_bits` speaks for entries that have a base row.
+        `allowed_bits` speaks for entries that have a base row; `excluded_ids` is one array for all queries, or Q.
         """
         steps = range(0, len(query_QD), QUERIES_AT_ONCE)
         parts = [slice(start, start + QUERIES_AT_ONCE) for start in steps]
-        pieces = [self._search(query_QD[part], k, floor_Q1[part], allowed_bits, excluded_ids) for part in parts]
+        each = len(excluded_ids) > 1
+        pieces = [
+            self._search(query_QD[part], k, floor_Q1[part], allowed_bits, excluded_ids[part] if each else excluded_ids)
+            for part in parts
+        ]
         width = max((ids.shape[1] for ids, _ in pieces), default=0)
         ids_QK = np.full((len(query_QD), width), NO_VIDEO, np.int64)
         score_QK = np.full((len(query_QD), width), -np.inf, np.float32)
@@ -129,7 +134,7 @@ class Delta:
         k: int,
         floor_Q1: np.ndarray,
         allowed_bits: np.ndarray | None,
-        excluded_ids: np.ndarray,
+        excluded_ids: Sequence[np.ndarray],
     ) -> Found:
         pieces = [np.zeros((len(query_QD), 0), np.float32)]
         done = 0
@@ -145,8 +150,10 @@ class Delta:
                 pieces.append(score_QM)
             done = length
         score_QM = np.concatenate(pieces, axis=1)
-        entries = [self._entry_of.get(video_id) for video_id in excluded_ids.tolist()] if done else []
-        score_QM[:, [entry for entry in entries if entry is not None and entry < done]] = -np.inf
+        for query, ids in enumerate(excluded_ids if done else ()):
+            entries = [self._entry_of.get(video_id) for video_id in ids.tolist()]
+            gone = [entry for entry in entries if entry is not None and entry < done]
+            score_QM[query if len(excluded_ids) > 1 else slice(None), gone] = -np.inf
         above = min(int((score_QM > floor_Q1).sum(axis=1).max(initial=0)), k)
         if above == 0:
             return np.zeros((len(query_QD), 0), np.int64), np.zeros((len(query_QD), 0), np.float32)

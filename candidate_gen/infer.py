@@ -27,11 +27,13 @@ class Towers:
 
     def __init__(self, model: TowersModel) -> None:
         self._model = model.eval().requires_grad_(False)
+        self._device = next(model.parameters()).device
         self.dim = model.config.dim
 
     @classmethod
-    def load(cls, folder: Path) -> Towers:
-        """Read `towers.json` and `towers.safetensors`; raises ValueError when they do not belong together."""
+    def load(cls, folder: Path, device: str = "cpu") -> Towers:
+        """Read `towers.json` and `towers.safetensors` onto a device of torch; raises ValueError when they do not belong
+        together."""
         described = _read_json(folder / "towers.json")
         model = TowersModel(described["config"], described["sizes"])
         path = folder / "towers.safetensors"
@@ -39,7 +41,7 @@ class Towers:
             model.load_state_dict(load_file(path))
         except (RuntimeError, SafetensorError) as error:
             raise ValueError(f"{path} does not fit towers.json beside it: {error}; export the towers again") from error
-        return cls(model)
+        return cls(model.to(device))
 
     def video_vectors(self, videos: Entities, rows: np.ndarray, candidate_dense_NC: np.ndarray) -> np.ndarray:
         """(n, D) float32, L2-normalised, as of the instant that `candidate_dense_NC` (`train.features_at`) describes;
@@ -66,12 +68,12 @@ class Towers:
         n = len(inputs.history_length_B)
         if n == 0:
             return np.zeros((0, self.dim), np.float32)
-        batch = to_batch(inputs)
-        owner_B, position_B = torch.arange(n), batch.history_length_B
+        batch = to_batch(inputs).to(self._device)
+        owner_B, position_B = torch.arange(n, device=self._device), batch.history_length_B
         with torch.inference_mode():
             video_UE = self._model.encode_videos(batch.video, batch.video_dense_UD)
             user_BE = self._model.encode_users(batch, video_UE, owner_B, position_B, batch.surface_B)
-            return self._model.place_users(user_BE).numpy()
+            return self._model.place_users(user_BE).cpu().numpy()
 
     def _check(self, columns: SparseColumns, tables: tuple[tuple[str, int], ...], side: str) -> None:
         found = tuple(zip(columns.names, columns.table_rows, strict=True))

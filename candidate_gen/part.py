@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 
 from candidate_gen.delta import NO_VIDEO, Found, permitted
-from candidate_gen.index import RowFilter, VideoIndex
+from candidate_gen.index import Excluded, RowFilter, VideoIndex
 
 STEP = 1 << 20
 """Ids are checked in pieces of so many."""
@@ -61,8 +61,8 @@ class Part:
         self.alive, had_M = _without(self.alive, rows_M)
         return had_M
 
-    def search(self, query_QD: np.ndarray, k: int, *, only: Filter | None, excluded_rows: np.ndarray) -> Found:
-        """Best k alive rows that pass; `excluded_rows` are rows of this part."""
+    def search(self, query_QD: np.ndarray, k: int, *, only: Filter | None, excluded_rows: Excluded) -> Found:
+        """Best k alive rows that pass; `excluded_rows` are rows of this part, for all queries or of each."""
         allowed = self.alive
         if only is not None and self.base_rows_V is None:
             allowed = only.allowed

@@ -17,6 +17,7 @@ import numpy as np
 from candidate_gen.allowed import KINDS_KEPT, Allowed
 from candidate_gen.covisit import CovisitConfig, Covisits, liked
 from candidate_gen.index import RowFilter, VideoIndex
+from candidate_gen.together import SearchTogether
 from candidate_gen.uploads import Uploads
 from features.history import HistoryWindow
 
@@ -67,17 +68,15 @@ class AnnSource:
     name = "ann"
 
     def __init__(self, index: VideoIndex, uploads: Uploads) -> None:
-        self._index, self._uploads = index, uploads
+        self._search, self._uploads = SearchTogether(index), uploads
         self._filter_of = _FilterOf(index)
 
     def retrieve(self, query: SourceQuery, k: int) -> Retrieved:
         """Filtered inside the search; scores are cosines."""
         excluded_rows = np.concatenate([query.allowed.excluded_rows, self._uploads.of(query.followed_authors)])
-        rows_1K, scores_1K = self._index.search(
-            query.user_vector_D[None, :], k, allowed=self._filter_of(query.allowed.bits), excluded_rows=excluded_rows
-        )
-        found = rows_1K[0] >= 0
-        return Retrieved(rows_1K[0][found], scores_1K[0][found])
+        allowed = self._filter_of(query.allowed.bits)
+        rows_K, scores_K = self._search(query.user_vector_D, k, allowed, excluded_rows=excluded_rows)
+        return Retrieved(rows_K[rows_K >= 0], scores_K[rows_K >= 0])
 
 
 class _FilterOf:

@@ -42,6 +42,7 @@ Data = Annotated[
     Path,
     typer.Option("--data", help="A folder of KuaiRand's CSV files or of canonical tables, or a mapping file (.toml)."),
 ]
+Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")]
 Force = Annotated[bool, typer.Option("--force", help="Publish although the gate refuses; noted in the manifest.")]
 
 
@@ -110,11 +111,13 @@ def train(run: Run, model: Annotated[str, typer.Option(help="towers, ranker or b
 
 
 @index_app.command(name="build")
-def index_build(run: Run) -> None:
+def index_build(run: Run, device: Device = "cpu") -> None:
     """Embed the corpus with the video tower and build the FAISS index."""
+    from candidate_gen.index.device import resolve
     from pipelines import stages
 
-    _one_stage(run, None, "embed and index", stages.index)
+    where = resolve(device)
+    _one_stage(run, None, "embed and index", lambda ws, stage: stages.index(ws, stage, where))
 
 
 @index_app.command(name="plan")
@@ -178,11 +181,15 @@ def evaluate(run: Run) -> None:
 
 
 @app.command()
-def publish(run: Run, registry: Registry = None, force: Force = False) -> None:
+def publish(run: Run, registry: Registry = None, force: Force = False, device: Device = "cpu") -> None:
     """Hold the run against the gate, write the bundle, and make it live."""
+    from candidate_gen.index.device import resolve
     from pipelines import stages
 
-    _one_stage(run, registry, "gate and publish", lambda ws, stage: stages.publish(ws, stage, force=force))
+    where = resolve(device)
+    _one_stage(
+        run, registry, "gate and publish", lambda ws, stage: stages.publish(ws, stage, force=force, device=where)
+    )
 
 
 @app.command()
@@ -204,6 +211,8 @@ def serve(
     insecure_public: Annotated[
         bool, typer.Option("--insecure-public", help="Allow an address that other machines reach, without TLS.")
     ] = False,
+    threads: Annotated[int, typer.Option(min=1, help="Requests computed at once; each takes a core.")] = 2,
+    device: Device = "cpu",
 ) -> None:
     """Serve the live bundle over gRPC and follow LIVE: publish and rollback need no restart."""
     from serving.server import ServerConfig
@@ -212,7 +221,7 @@ def serve(
     serve_forever(
         registry,
         store,
-        ServerConfig(host=host, port=port, insecure_public=insecure_public),
+        ServerConfig(host=host, port=port, insecure_public=insecure_public, threads=threads, device=device),
         on_ready=lambda address, version: print(f"serving on {address} (bundle {version})", flush=True),
     )
 

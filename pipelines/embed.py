@@ -124,15 +124,17 @@ class Catalogue:
     """`tower_digest` of the folder."""
     dates: tuple[str, ...]
     dim: int
+    device: str = "cpu"
+    """Of torch; vectors made on another differ by rounding, and are not made again for that."""
     shard_rows: int = 1_000_000
     block_rows: int = 65_536
 
     @classmethod
-    def of(cls, dataset_dir: Path, towers_dir: Path, dates: tuple[str, ...]) -> Catalogue:
+    def of(cls, dataset_dir: Path, towers_dir: Path, dates: tuple[str, ...], device: str = "cpu") -> Catalogue:
         """With the towers that lie in the folder now."""
         digest = tower_digest(towers_dir)
-        dim = opened(towers_dir, digest).dim
-        return cls(dataset_dir=dataset_dir, towers_dir=towers_dir, towers=digest, dates=dates, dim=dim)
+        dim = opened(towers_dir, digest, device).dim
+        return cls(dataset_dir=dataset_dir, towers_dir=towers_dir, towers=digest, dates=dates, dim=dim, device=device)
 
     def rows(self) -> list[range]:
         """Rows 1 .. V of the catalogue, `shard_rows` a shard."""
@@ -148,7 +150,8 @@ class Catalogue:
 
     def blocks(self, shard: int) -> Iterator[np.ndarray]:
         """Read, look up, multiply; `block_rows` videos at a time."""
-        towers, columns = opened(self.towers_dir, self.towers), Dataset.load(self.dataset_dir).videos.columns
+        towers = opened(self.towers_dir, self.towers, self.device)
+        columns = Dataset.load(self.dataset_dir).videos.columns
         for sparse_NW, dense_ND, candidate_dense_NC in self.inputs(shard):
             yield towers.embed(columns, sparse_NW, dense_ND, candidate_dense_NC)
 
@@ -233,11 +236,11 @@ def split_rows(n_videos: int, shard_rows: int) -> list[range]:
 
 
 @lru_cache(maxsize=1)
-def opened(towers_dir: Path, digest: str) -> Towers:
+def opened(towers_dir: Path, digest: str, device: str = "cpu") -> Towers:
     """The towers in the folder, read once a process and shared by its shards; `digest` is their `tower_digest`."""
     if (found := tower_digest(towers_dir)) != digest:
         raise ValueError(f"{towers_dir} holds towers {found[:12]}, this corpus wants {digest[:12]}: embed again")
-    return Towers.load(towers_dir)
+    return Towers.load(towers_dir, device)
 
 
 def tower_digest(towers_dir: Path) -> str:

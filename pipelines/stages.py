@@ -18,6 +18,7 @@ import polars as pl
 
 from candidate_gen.index import VideoIndex, build
 from candidate_gen.index.check import recall_against_shards
+from candidate_gen.index.device import is_cpu
 from candidate_gen.infer import Towers
 from candidate_gen.model import TowerConfig
 from candidate_gen.train import TowersTask
@@ -116,15 +117,16 @@ def train_models(ws: Workspace, stage: Stage, names: Sequence[str] = ("towers", 
     )
 
 
-def index(ws: Workspace, stage: Stage) -> None:
-    """Embed the corpus and build the index that is evaluated, as of the first instant of the test days.
+def index(ws: Workspace, stage: Stage, device: str = "cpu") -> None:
+    """Embed the corpus and build the index that is evaluated, as of the first instant of the test days; the tower, and
+    the training and assignment of lists, on a device of torch.
 
     A vector knows its video's age and counters at one instant: this index knows nothing that the test days counted.
     Publishing builds another as of the log's end."""
     ws.require(ws.towers / "towers.json", "reelrank train")
     dataset = ws.dataset()
     split = ws.split(dataset)
-    built, _ = _embed_and_index(ws, dataset, split.test, split.validation, ws.index, stage)
+    built, _ = _embed_and_index(ws, dataset, split.test, split.validation, ws.index, stage, device)
     stage.rows, stage.note = len(built), built.kind
 
 
@@ -166,9 +168,9 @@ def evaluate(ws: Workspace, stage: Stage, oracle: Oracle | None = None) -> dict:
     return metrics
 
 
-def publish(ws: Workspace, stage: Stage, *, force: bool = False) -> tuple[str, list[Verdict]]:
+def publish(ws: Workspace, stage: Stage, *, force: bool = False, device: str = "cpu") -> tuple[str, list[Verdict]]:
     """Gate, lay out the bundle with an index as of the log's end, record golden answers, publish and make it live;
-    returns version and verdicts.
+    returns version and verdicts. `device`: as of `index`.
 
     Raises GateError when a rule fails, unless `force`; what was forced stands in the manifest.
     """
@@ -183,7 +185,8 @@ def publish(ws: Workspace, stage: Stage, *, force: bool = False) -> tuple[str, l
     staged = registry.stage()
     stage.progress("writing the bundle")
     dataset = ws.dataset()
-    index, found = _embed_and_index(ws, dataset, (), dataset.dates[-1:], ws.root / "index-published", stage)
+    folder = ws.root / "index-published"
+    index, found = _embed_and_index(ws, dataset, (), dataset.dates[-1:], folder, stage, device)
     if found < ws.recipe.gate.min_index_recall and not force:
         raise GateError(
             f"the gate refused this candidate:\n  the index to be published returns the exact top {CHECKED_K}: found "
@@ -226,11 +229,13 @@ def _embed_and_index(
     asked_on: tuple[str, ...],
     folder: Path,
     stage: Stage,
+    device: str,
 ) -> tuple[VideoIndex, float]:
     """Shard by shard, as of the first of the test dates, or of the log's end without any; shaped for users as they
     asked on other dates. Also the share of those users' exact top that the index finds."""
-    source = Catalogue.of(ws.dataset_dir, ws.towers, test_dates)
-    vectors, workers = ws.vectors / ("evaluated" if test_dates else "published"), usable_cpus()
+    source = Catalogue.of(ws.dataset_dir, ws.towers, test_dates, device)
+    # Ray hides GPUs from tasks that do not ask for one; one process feeds the device.
+    vectors, workers = ws.vectors / ("evaluated" if test_dates else "published"), usable_cpus() if is_cpu(device) else 1
 
     def tell(progress: object) -> None:
         stage.progress(str(progress))
@@ -245,7 +250,7 @@ def _embed_and_index(
         )
     users_QD = user_vectors(dataset, Towers.load(ws.towers), queries)
     config, n_rows = ws.recipe.index, len(dataset.videos) + 1
-    build(shards, n_rows, config, folder, query_QD=users_QD, parallel=encode, on_progress=tell)
+    build(shards, n_rows, config, folder, query_QD=users_QD, parallel=encode, device=device, on_progress=tell)
     index = VideoIndex.open(folder)
     tell("checking against exact search")
     found = recall_against_shards(index, shards, users_QD[:CHECKED_USERS], CHECKED_K)

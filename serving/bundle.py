@@ -69,12 +69,12 @@ class FeedBundle:
     n_eligible: int
 
     @classmethod
-    def load(cls, bundle: Bundle) -> FeedBundle:
-        """Open a bundle whose every byte the registry has verified."""
-        return cls.open(bundle.folder, bundle.version)
+    def load(cls, bundle: Bundle, *, scan_on: str | None = None) -> FeedBundle:
+        """Open a bundle whose every byte the registry has verified; `scan_on`: see `VideoIndex`."""
+        return cls.open(bundle.folder, bundle.version, scan_on=scan_on)
 
     @classmethod
-    def open(cls, folder: Path, version: str) -> FeedBundle:
+    def open(cls, folder: Path, version: str, *, scan_on: str | None = None) -> FeedBundle:
         """Open a folder as `write_bundle` left it; serving uses `load`, which only takes verified bundles."""
 
         def array(name: str) -> np.ndarray:
@@ -86,7 +86,7 @@ class FeedBundle:
             _plain(Entities.load(folder / f"{side}s", f"{side}s", encoder.columns(side))) for side in ("user", "video")
         )
         upload_ts_ms, eligible = array("videos/videos_upload_ts_ms"), array("videos/videos_eligible")
-        index = VideoIndex(folder / "index")
+        index = VideoIndex(folder / "index", scan_on)
         config = FeedConfig.from_json((folder / "feed.json").read_text())
         attributes = Attributes.load(folder / "videos")
         channels = open_channels(folder / "channels", config, index, upload_ts_ms, eligible, attributes)

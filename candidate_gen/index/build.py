@@ -78,13 +78,15 @@ def build(
     query_QD: np.ndarray | None = None,
     trained: Trained | None = None,
     parallel: Map = map,
+    device: str = "cpu",
     on_progress: Callable[[Progress], None] = lambda _: None,
 ) -> None:
     """Write an index of all shards, rows in 1 .. n_rows-1, into `folder`; see `VideoIndex.open`.
 
     `query_QD` are sample queries (some thousands of user vectors) that lists and codes are shaped for; `trained` reuses
-    the lists and codes of another index. Raises ValueError for rows out of range or twice, vectors that are not finite,
-    and an empty corpus.
+    the lists and codes of another index. On a `device` of torch lists are trained and vectors assigned to them: most
+    products of a build; codes are made on the CPU. Raises ValueError for rows out of range or twice, vectors that are
+    not finite, and an empty corpus.
     """
     videos = sum(shards.counts)
     if not videos:
@@ -94,10 +96,10 @@ def build(
     work = _work_folder(folder, shards, n_rows, config, query_QD)
     lists = config.lists_for(videos) if kind == "ivf" else 0
     if not (work / "trained.json").exists():
-        _train(work, shards, n_rows, lists, config, query_QD, trained, watch)
+        _train(work, shards, n_rows, lists, config, query_QD, trained, watch, device)
     watch.stage("encode")
     done = 0
-    for count in parallel(_ShardEncoder(work, shards, n_rows, kind), range(len(shards.counts))):
+    for count in parallel(_ShardEncoder(work, shards, n_rows, kind, device), range(len(shards.counts))):
         done += count
         watch.say(done, videos)
     watch.stage("merge")
@@ -149,6 +151,7 @@ def _train(
     query_QD: np.ndarray | None,
     trained: Trained | None,
     watch: _Watch,
+    device: str,
 ) -> None:
     watch.stage("sample")
     sample_ND = sample(shards, max(config.train_per_list * lists, FLAT_SAMPLE), config.seed)
@@ -157,7 +160,7 @@ def _train(
     create(work / "stored.faiss", sample_ND, n_rows, config.stored_for(sum(shards.counts)))
     watch.stage("train")
     if lists:
-        made = trained or Trained.fit(sample_ND, lists, config, query_QD, lambda text: watch.say(text=text))
+        made = trained or Trained.fit(sample_ND, lists, config, query_QD, lambda text: watch.say(text=text), device)
         made.save(work)
     (work / "trained.json").write_text(json.dumps({"lists": lists}))
 
@@ -170,6 +173,7 @@ class _ShardEncoder:
     shards: Shards
     n_rows: int
     kind: str
+    device: str
 
     def __call__(self, number: int) -> int:
         """Returns the shard's vectors; a shard that is done is left alone."""
@@ -185,7 +189,7 @@ class _ShardEncoder:
             block_ND = np.asarray(vector_ND[begin : begin + ENCODE_BLOCK], dtype=np.float32)
             stored.write(rows[begin : begin + ENCODE_BLOCK], block_ND)
             if trained is not None:
-                parts.append(trained.encode(block_ND))
+                parts.append(trained.encode(block_ND, self.device))
         stored.flush()
         arrays = {"rows": rows}
         if trained is not None and parts:

@@ -12,20 +12,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
-import faiss as _faiss
 import numpy as np
 import torch
 
-faiss: Any = _faiss  # its annotations know the C++ constructors, not the Python ones
+from candidate_gen.index.device import is_cpu, scores_at_once
+from candidate_gen.index.kmeans import kmeans
 
 REACH = 3
 """Groups whose centroids a vector is compared with. Of trained video vectors in 16,384 lists of 128 groups 3 find the
 truly nearest centroid for 99.7%, 2 for 98.9%, 4 for 99.9%; the work grows with it."""
 BLOCK = 131_072
-"""Vectors assigned together: enough rows a group for a good matrix product, few enough to stay near the cache."""
-ITERATIONS = 8
+"""Vectors assigned together, at least: enough rows a group for a good matrix product, few enough to stay near the
+cache."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,14 +42,25 @@ class Clusters:
 
     @classmethod
     def train(
-        cls, sample_ND: np.ndarray, lists: int, *, seed: int, on_progress: Callable[[str], None] = lambda _: None
+        cls,
+        sample_ND: np.ndarray,
+        lists: int,
+        *,
+        seed: int,
+        device: str = "cpu",
+        on_progress: Callable[[str], None] = lambda _: None,
     ) -> Clusters:
         """k-means into sqrt(L) groups, then of each group into its share of the lists, then one pass over all lists."""
+
+        def centroids(vector_ND: np.ndarray, count: int, seed: int) -> np.ndarray:
+            vectors = torch.from_numpy(np.ascontiguousarray(vector_ND, np.float32)).to(device)
+            return kmeans(vectors, count, seed).cpu().numpy()
+
         groups = max(1, round(np.sqrt(lists))) if lists >= 256 else 1
         rng = np.random.default_rng(seed)
         few_ND = sample_ND[rng.permutation(len(sample_ND))[: 256 * groups]]
-        group_GD = _kmeans(few_ND, groups, seed)
-        of_N = _nearest(sample_ND, group_GD)
+        group_GD = centroids(few_ND, groups, seed)
+        of_N = cls(group_GD, np.array([0, groups])).assign(sample_ND, device=device)
         order = np.argsort(of_N, kind="stable")
         count_G = np.bincount(of_N, minlength=groups)
         own_G = _share_out(lists, count_G)
@@ -59,17 +69,18 @@ class Clusters:
         at = np.concatenate([[0], np.cumsum(count_G)])
         for g in range(groups):
             members_ND = sample_ND[order[at[g] : at[g + 1]]]
-            centroid_LD[start[g] : start[g + 1]] = _kmeans(members_ND, int(own_G[g]), seed + 1 + g)
+            centroid_LD[start[g] : start[g + 1]] = centroids(members_ND, int(own_G[g]), seed + 1 + g)
             on_progress(f"k-means: group {g + 1} of {groups}")
-        return cls(centroid_LD, start)._moved_to_means(sample_ND)
+        return cls(centroid_LD, start)._moved_to_means(sample_ND, device)
 
-    def assign(self, vector_ND: np.ndarray, *, reach: int = REACH) -> np.ndarray:
+    def assign(self, vector_ND: np.ndarray, *, reach: int = REACH, device: str = "cpu") -> np.ndarray:
         """(N,) int32: the nearest list of each vector, by squared distance, among its `reach` nearest groups."""
         list_N = np.empty(len(vector_ND), np.int32)
-        tables = _Tables.of(self)
-        for begin in range(0, len(vector_ND), BLOCK):
-            block_ND = np.ascontiguousarray(vector_ND[begin : begin + BLOCK], dtype=np.float32)
-            list_N[begin : begin + BLOCK] = tables.assign(torch.from_numpy(block_ND), reach)
+        tables = _Tables.of(self, device)
+        size = max(BLOCK, scores_at_once(device) // len(tables.member_DC))
+        for begin in range(0, len(vector_ND), size):
+            block_ND = np.ascontiguousarray(vector_ND[begin : begin + size], dtype=np.float32)
+            list_N[begin : begin + size] = tables.assign(torch.from_numpy(block_ND).to(device), reach)
         return list_N
 
     def group_means(self) -> np.ndarray:
@@ -77,9 +88,9 @@ class Clusters:
         sums_GD = np.add.reduceat(self.centroid_LD.astype(np.float64), self.group_start[:-1], axis=0)
         return (sums_GD / np.diff(self.group_start)[:, None]).astype(np.float32)
 
-    def _moved_to_means(self, sample_ND: np.ndarray) -> Clusters:
+    def _moved_to_means(self, sample_ND: np.ndarray, device: str) -> Clusters:
         """One Lloyd step over all lists, which mends the borders between groups; an empty list stays where it is."""
-        list_N = self.assign(sample_ND)
+        list_N = self.assign(sample_ND, device=device)
         order = np.argsort(list_N, kind="stable")
         count_L = np.bincount(list_N, minlength=self.lists)
         filled = np.flatnonzero(count_L)
@@ -100,9 +111,9 @@ class _Tables:
     start: np.ndarray
 
     @classmethod
-    def of(cls, clusters: Clusters) -> _Tables:
+    def of(cls, clusters: Clusters, device: str) -> _Tables:
         def table(centroid_CD: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
-            matrix_DC = torch.from_numpy(np.ascontiguousarray(centroid_CD.T))
+            matrix_DC = torch.from_numpy(np.ascontiguousarray(centroid_CD.T)).to(device)
             return matrix_DC, -0.5 * (matrix_DC**2).sum(dim=0)
 
         bounds = zip(clusters.group_start[:-1], clusters.group_start[1:], strict=True)
@@ -115,10 +126,10 @@ class _Tables:
         reach = min(reach, groups)
         score_NG = torch.addmm(self.group_bias_G, vector_ND, self.group_DG)
         near = _largest(score_NG, reach)
-        order = np.argsort(near.numpy().astype(np.int16), kind="stable")  # 16 bits: numpy then sorts by radix
         bounds = torch.cumsum(torch.bincount(near, minlength=groups), 0).tolist()
-        vector_of = torch.from_numpy(order // reach)
-        best_N, list_N = torch.full((n,), -torch.inf), torch.zeros(n, dtype=torch.int64)
+        vector_of = _order(near) // reach
+        best_N = torch.full((n,), -torch.inf, device=near.device)
+        list_N = torch.zeros(n, dtype=torch.int64, device=near.device)
         begin = 0
         for g, end in enumerate(bounds):
             who = vector_of[begin:end]
@@ -129,13 +140,20 @@ class _Tables:
             better = score > best_N[who]
             who = who[better]
             best_N[who], list_N[who] = score[better], member[better] + int(self.start[g])
-        return list_N.numpy().astype(np.int32)
+        return list_N.int().cpu().numpy()
+
+
+def _order(near: torch.Tensor) -> torch.Tensor:
+    """Places sorted by group, as they came within a group."""
+    if not is_cpu(near.device):
+        return torch.sort(near, stable=True).indices
+    return torch.from_numpy(np.argsort(near.numpy().astype(np.int16), kind="stable"))  # of 16 bits: by radix
 
 
 def _largest(score_NG: torch.Tensor, count: int) -> torch.Tensor:
     """(N * count,) columns of each row's largest values, row after row; destroys the scores. For a few columns this
     takes two thirds of `topk`'s time."""
-    found = torch.empty((len(score_NG), count), dtype=torch.int64)
+    found = torch.empty((len(score_NG), count), dtype=torch.int64, device=score_NG.device)
     for at in range(count):
         column_N1 = score_NG.argmax(dim=1, keepdim=True)
         found[:, at : at + 1] = column_N1
@@ -158,21 +176,3 @@ def _share_out(lists: int, count_G: np.ndarray) -> np.ndarray:
             missing -= step
         at += 1
     return own_G
-
-
-def _kmeans(vector_ND: np.ndarray, k: int, seed: int) -> np.ndarray:
-    """(k, D) float32. With hardly more vectors than centroids the vectors themselves, repeated, are the centroids."""
-    if len(vector_ND) <= k:
-        if not len(vector_ND):
-            return np.zeros((k, vector_ND.shape[1]), np.float32)
-        return np.resize(vector_ND, (k, vector_ND.shape[1])).astype(np.float32)
-    kmeans = faiss.Kmeans(
-        vector_ND.shape[1], k, niter=ITERATIONS, seed=seed, min_points_per_centroid=1, max_points_per_centroid=256
-    )
-    kmeans.train(np.ascontiguousarray(vector_ND, dtype=np.float32))
-    return kmeans.centroids
-
-
-def _nearest(vector_ND: np.ndarray, centroid_CD: np.ndarray) -> np.ndarray:
-    one_group = Clusters(np.ascontiguousarray(centroid_CD), np.array([0, len(centroid_CD)]))
-    return one_group.assign(vector_ND)

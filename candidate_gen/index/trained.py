@@ -52,20 +52,21 @@ class Trained:
         config: IndexConfig,
         query_QD: np.ndarray | None = None,
         on_progress: Callable[[str], None] = lambda _: None,
+        device: str = "cpu",
     ) -> Trained:
         """The space, then two-level k-means, then codes of what the nearest centroid leaves."""
         video_map_RD, query_map_RD = learn_space(sample_ND, query_QD, config.kept_variance)
         mapped_NR = sample_ND @ video_map_RD.T
-        clusters = Clusters.train(mapped_NR, lists, seed=config.seed, on_progress=on_progress)
+        clusters = Clusters.train(mapped_NR, lists, seed=config.seed, device=device, on_progress=on_progress)
         few_NR = mapped_NR[:CODEBOOK_SAMPLE]
-        residual_NR = few_NR - clusters.centroid_LD[clusters.assign(few_NR)]
+        residual_NR = few_NR - clusters.centroid_LD[clusters.assign(few_NR, device=device)]
         on_progress("codebook")
         return cls(video_map_RD, query_map_RD, clusters, Codebook.train(residual_NR, config.code_bits, config.seed))
 
-    def encode(self, vector_ND: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(list (N,) int32, residual code (N, bytes) uint8) of each vector."""
+    def encode(self, vector_ND: np.ndarray, device: str = "cpu") -> tuple[np.ndarray, np.ndarray]:
+        """(list (N,) int32, residual code (N, bytes) uint8) of each vector; lists are found on the device."""
         mapped_NR = np.asarray(vector_ND, dtype=np.float32) @ self.video_map_RD.T
-        list_N = self.clusters.assign(mapped_NR)
+        list_N = self.clusters.assign(mapped_NR, device=device)
         mapped_NR -= self.clusters.centroid_LD[list_N]
         return list_N, self.codebook.encode(mapped_NR)
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from benchmarks import our_index, retrieval_filters, retrieval_peers, retrieval_scale
+from benchmarks import combining, our_index, retrieval_filters, retrieval_peers, retrieval_scale
 from benchmarks.building import built
 from benchmarks.peers import engines, is_installed
 from benchmarks.process import FreshProcess
@@ -110,6 +110,7 @@ def test_scale_reports_recall_memory_and_throughput_of_a_size(corpus_folder, tmp
     assert [point["setting"]["probes"] for point in size["sweep"]] == [8, 64]
     assert size["sweep"][-1]["recall"] > 0.9
     assert size["memory_mib"]["rss"] >= size["memory_mib"]["pss"] > 0
+    assert all(each["rss"] > each["pss"] > each["anonymous"] > 0 for each in size["memory_of_two_mib"]), "shared"
     assert all(batch["per_s"] > 0 for batch in size["batched"]["batches"])
 
 
@@ -118,3 +119,12 @@ def test_filters_report_no_forbidden_result_and_no_short_list(corpus_folder, tmp
     assert len(figures["filters"]) == 1 + 3 * len(retrieval_filters.SHARES) + 1
     assert sum(row["forbidden"] + row["underfilled"] for row in figures["filters"]) == 0
     assert min(row["recall"] for row in figures["filters"]) > 0.9
+
+
+def test_combining_measures_every_case_both_ways(corpus_folder: Path, tmp_path: Path, monkeypatch):
+    figures = figures_of(combining, corpus_folder, tmp_path, monkeypatch, "--seconds", "0.05", "--rounds", "1")
+    assert len(figures["searches"]) == 4 * len(combining.CLIENTS)
+    for row in figures["searches"]:
+        assert row["alone"]["per_s"] > 0
+        assert row["alone"]["together"] == 1.0
+        assert 1.0 <= row["combined"]["together"] <= row["clients"]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from candidate_gen.index import IndexConfig, VideoIndex
 from candidate_gen.live import LiveConfig, LiveIndex
 
 DIM, BASE = 16, 300
+_NOTHING = np.zeros(0, np.int64)
 CONFIG = LiveConfig(compact_at=0, index=IndexConfig(kind="flat"))
 EDGES = [-(2**63) + 1, -(2**53) - 1, -(2**31) - 1, -1, 0, 1, 2**31 - 1, 2**31, 2**53, 2**53 + 1, 2**63 - 1]
 FRESH = [-(2**63) + 2, -2, 2, 2**31 + 1, 2**53 + 2, 2**53 + 3, 2**62, 2**63 - 2]
@@ -57,25 +59,35 @@ class Truth:
         for video_id in ids.tolist():
             self.vectors.pop(video_id, None)
 
-    def check(self, live: LiveIndex, queries: np.ndarray, k: int, **filters: np.ndarray) -> None:
-        """The same videos with the same scores, whatever order equal scores come in."""
-        hidden = set(filters.get("excluded_ids", np.zeros(0)).tolist())
-        hidden |= set(IDS_V[filters.get("excluded_rows", np.zeros(0, int))].tolist())
-        if "allowed" in filters:
-            hidden |= set(IDS_V[1:][~filters["allowed"][1:]].tolist())
-        ids = np.array([video_id for video_id in self.vectors if video_id not in hidden], np.int64)
-        vectors = np.array([self.vectors[video_id] for video_id in ids.tolist()]).reshape(len(ids), DIM)
+    def check(self, live: LiveIndex, queries: np.ndarray, k: int, **filters: Any) -> None:
+        """The same videos with the same scores, whatever order equal scores come in. What is excluded: one array for
+        all queries, or a list of one array a query."""
         found_QK, score_QK = live.search(queries, k, **filters)
         assert found_QK.shape == score_QK.shape == (len(queries), k)
         assert found_QK.dtype == np.int64
-        for query, found, score in zip(queries, found_QK, score_QK, strict=True):
-            exact = dict(zip(ids.tolist(), (vectors @ query).tolist(), strict=True))
-            n = min(k, len(exact))
-            assert (found[n:] == NO_VIDEO).all()
-            assert np.isneginf(score[n:]).all()
-            assert len(set(found[:n].tolist())) == n, "a video came twice"
-            assert [exact[video_id] for video_id in found[:n].tolist()] == close_to(score[:n])
-            assert sorted(exact.values(), reverse=True)[:n] == close_to(score[:n])
+        for q in range(len(queries)):
+            own = {name: one[q] if isinstance(one, list) else one for name, one in filters.items()}
+            self._check_one(queries[q], found_QK[q], score_QK[q], self._hidden(**own))
+
+    def _hidden(
+        self,
+        excluded_ids: np.ndarray = _NOTHING,
+        excluded_rows: np.ndarray = _NOTHING,
+        allowed: np.ndarray | None = None,
+    ) -> set[int]:
+        hidden = {*excluded_ids.tolist(), *IDS_V[excluded_rows].tolist()}
+        return hidden if allowed is None else hidden | set(IDS_V[1:][~allowed[1:]].tolist())
+
+    def _check_one(self, query: np.ndarray, found: np.ndarray, score: np.ndarray, hidden: set[int]) -> None:
+        ids = np.array([video_id for video_id in self.vectors if video_id not in hidden], np.int64)
+        vectors = np.array([self.vectors[video_id] for video_id in ids.tolist()]).reshape(len(ids), DIM)
+        exact = dict(zip(ids.tolist(), (vectors @ query).tolist(), strict=True))
+        n = min(len(found), len(exact))
+        assert (found[n:] == NO_VIDEO).all()
+        assert np.isneginf(score[n:]).all()
+        assert len(set(found[:n].tolist())) == n, "a video came twice"
+        assert [exact[video_id] for video_id in found[:n].tolist()] == close_to(score[:n])
+        assert sorted(exact.values(), reverse=True)[:n] == close_to(score[:n])
 
 
 def close_to(values: np.ndarray) -> object:

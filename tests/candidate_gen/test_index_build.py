@@ -10,11 +10,13 @@ from typing import Any
 import faiss as _faiss
 import numpy as np
 import pytest
+import torch
 
 from candidate_gen.index import IndexConfig, VideoIndex, build
 from candidate_gen.index.check import recall_against_shards
 from candidate_gen.index.clusters import Clusters
 from candidate_gen.index.codes import Codebook, pack
+from candidate_gen.index.kmeans import ITERATIONS, lloyd
 from candidate_gen.index.lists import InvertedLists
 from candidate_gen.index.stored import StoredVectors, create
 from candidate_gen.index.trained import Trained, learn_space
@@ -57,6 +59,23 @@ def test_two_level_clusters_leave_hardly_more_error_than_flat_k_means() -> None:
 
     nearest = (x @ flat.centroids.T - (flat.centroids**2).sum(axis=1) / 2).argmax(axis=1)
     assert error(two_level.centroid_LD, two_level.assign(x)) < 1.1 * error(flat.centroids, nearest)
+
+
+def test_k_means_moves_as_faiss_s_from_the_same_beginning() -> None:
+    x = videos(20_000)  # more than are assigned together
+    beginning = x[np.random.default_rng().choice(len(x), 60, replace=False)]
+    theirs = faiss.Kmeans(DIM, 60, niter=ITERATIONS, min_points_per_centroid=1, max_points_per_centroid=10**6)
+    theirs.train(x, init_centroids=beginning)
+    ours = lloyd(torch.from_numpy(x), torch.from_numpy(beginning))
+    assert np.allclose(ours.numpy(), theirs.centroids, atol=1e-4)
+
+
+def test_a_centroid_that_nobody_is_near_takes_half_of_a_large_one() -> None:
+    x = videos(3_000)
+    far = np.full((5, DIM), 50, np.float32) * np.arange(1, 6, dtype=np.float32)[:, None]
+    moved = lloyd(torch.from_numpy(x), torch.from_numpy(np.concatenate([x[:5], far]))).numpy()
+    nearest = (x @ moved.T - (moved**2).sum(axis=1) / 2).argmax(axis=1)
+    assert (np.bincount(nearest, minlength=10) > 0).all()
 
 
 def test_assignment_over_all_groups_is_the_nearest_centroid_and_over_few_nearly_so() -> None:

@@ -74,6 +74,12 @@ class LiveMachine(RuleBasedStateMachine):
             once, kept = (self.live.search(QUERIES, 20, **{**filters, "allowed": a}) for a in (self.packed, self.kept))
             assert np.array_equal(once[0], kept[0])
 
+    @rule(ids=st.lists(some_ids, min_size=3, max_size=3), rows=st.lists(st.integers(1, BASE), max_size=5))
+    def search_with_exclusions_of_each(self, ids: list[list[int]], rows: list[int]) -> None:
+        each = [array(of_query) for of_query in ids]
+        self.truth.check(self.live, QUERIES, 20, excluded_ids=each, excluded_rows=array(rows))
+        self.truth.check(self.live, QUERIES, 20, excluded_rows=[array(rows), array(rows[:1]), array([])])
+
     @invariant()
     def answers_as_the_truth(self) -> None:
         self.truth.check(self.live, QUERIES, BASE + len(FRESH) + 5)

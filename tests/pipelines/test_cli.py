@@ -35,6 +35,8 @@ def test_help_lists_every_command():
         (["feed", "--user", "1", "--address", "127.0.0.1:1"], 1, "UNAVAILABLE"),
         (["demo", "--scale", "huge"], 2, "give one of tiny, smoke"),
         (["index", "build", "--run", "{tmp}"], 2, "is not a run folder"),
+        (["index", "build", "--run", "{tmp}", "--device", "cuda:99"], 2, "--device cuda:99: torch"),
+        (["serve", "--registry", "{tmp}", "--device", "gpu"], 2, "--device gpu: give auto, cpu, cuda or cuda:N"),
         (["index", "plan", "--videos", "many", "--ram", "1GiB"], 2, "--videos 'many'"),
         (["index", "plan", "--videos", "1e6", "--ram", "24Gx"], 2, "--ram '24Gx': give a number above 0, with a unit"),
         (["index", "plan", "--videos", "1e6", "--ram", "1GiB", "--p50", "5min"], 2, "--p50 '5min'"),

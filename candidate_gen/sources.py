@@ -89,17 +89,17 @@ class _FilterOf:
         self._lock = threading.Lock()
 
     def __call__(self, bits: np.ndarray) -> RowFilter:
-        """Safe from many threads: two at once may both make it, and either is right."""
+        """Safe from many threads: of two made at once one is kept, for searches under the same one are asked together."""
         with self._lock:
             if id(bits) in self._kept:
                 self._kept.move_to_end(id(bits))
                 return self._kept[id(bits)][1]
         made = self._index.allow(bits)
         with self._lock:
-            self._kept[id(bits)] = (bits, made)
+            _, kept = self._kept.setdefault(id(bits), (bits, made))
             if len(self._kept) > KINDS_KEPT:
                 self._kept.popitem(last=False)
-        return made
+        return kept
 
 
 class CovisitSource:

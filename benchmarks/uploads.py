@@ -83,7 +83,7 @@ def in_process(registry: Path, n_pages: int) -> dict[str, Any]:
             before_mib = resident_mib()["anonymous"]
             one = LiveBundle(known, Path(scratch) / str(uploads), LiveConfig(flush=False))
             for start in range(0, uploads, 1_000):
-                one.put(*one.encode(Uploads(known.encoder, rng).videos(1_000, now_ms - 1, first=start)))
+                one.put(one.encode(Uploads(known.encoder, rng).videos(1_000, now_ms - 1, first=start)))
             bundles[f"{uploads:,} uploads"] = one.bundle
             live.append(one)
         upload_bytes = (resident_mib()["anonymous"] - before_mib) * 2**20 / MANY

@@ -15,6 +15,8 @@ import numpy as np
 
 _STEP = 4096
 """Rows looked at together while walking down a long order."""
+FRESH = 1 << 18
+"""Newest uploads that are looked at: for a viewer who may be shown next to nothing, the walk would not end."""
 _SAVED = ("authors", "start", "rows", "by_time")
 
 
@@ -67,8 +69,9 @@ class Uploads:
         return bisect_left(self.by_time, ts_ms, key=self.upload_ts_ms.__getitem__)
 
     def newest(self, now_ms: int, k: int, allowed: RowSet) -> np.ndarray:
-        """The k newest allowed rows uploaded at or before an instant, newest first."""
-        newest_first = self.by_time[: self.before(now_ms + 1)][::-1]
+        """The k newest allowed rows, of the FRESH newest uploaded at or before an instant, newest first."""
+        uploaded = self.before(now_ms + 1)
+        newest_first = self.by_time[max(uploaded - FRESH, 0) : uploaded][::-1]
         return newest_first[first_allowed(newest_first, allowed, k)]
 
     def save(self, folder: Path) -> None:

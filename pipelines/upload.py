@@ -60,7 +60,8 @@ def _video(row: dict) -> Video:
     columns = {name: str(row[name]) for name in VIDEO_COLUMNS if row[name] is not None}
     row = {name: value for name, value in row.items() if name not in VIDEO_COLUMNS}
     content = None if row["content"] is None else np.array(row["content"], np.float32)
-    return Video(**{**row, "tags": tuple(row["tags"] or ()), "content": content}, columns=columns)
+    lists = {name: tuple(row[name] or ()) for name in ("tags", "regions")}
+    return Video(**{**row, **lists, "content": content}, columns=columns)
 
 
 def _calls(videos: Sequence[Video]) -> Iterator[list[Video]]:
@@ -80,7 +81,8 @@ def _calls(videos: Sequence[Video]) -> Iterator[list[Video]]:
 
 def _most_bytes(video: Video) -> int:
     text = sum(8 + 4 * (len(name) + len(value)) for name, value in video.columns.items())
-    return 64 + text + 10 * len(video.tags) + (0 if video.content is None else 4 * len(video.content))
+    text += sum(4 + 4 * len(region) for region in video.regions)
+    return 256 + text + 10 * len(video.tags) + (0 if video.content is None else 4 * len(video.content))
 
 
 def _send(client: FeedClient, videos: list[Video], where: str) -> UpsertOutcome:

@@ -12,7 +12,9 @@ from __future__ import annotations
 from dataclasses import dataclass, fields, replace
 
 import numpy as np
+import pyarrow as pa
 
+from features.eligibility import Attributes, Viewer
 from features.entities import ByRow, Entities, SparseColumns
 
 BUNDLE, REMOVED = -1, 0
@@ -49,6 +51,8 @@ class _State:
     """What readers see; replaced whole, but for slot numbers, which change in place once the slots are published."""
 
     slots: Slots
+    limits: Attributes
+    """By slot: whom each upload may be shown to."""
     changed_rows: np.ndarray
     """Rows of the bundle that were uploaded or removed since, ascending."""
     changed_slots: np.ndarray
@@ -72,7 +76,7 @@ class Catalogue:
         eligible = np.zeros(_FIRST_ROOM, bool)
         slots = Slots(sparse, dense, vectors, author_id, upload_ts_ms, duration_ms, eligible)
         nothing, room = np.zeros(0, np.int64), np.zeros(_FIRST_ROOM, np.int64)
-        self._state = _State(slots, nothing, nothing, room, room.copy(), 0)
+        self._state = _State(slots, Attributes.unlimited(1), nothing, nothing, room, room.copy(), 0)
         self._used = 1
         self._row_of_new: dict[int, int] = {}
         self.changes = 0
@@ -82,6 +86,11 @@ class Catalogue:
     def slots(self) -> Slots:
         """To be read after the slot numbers: newer slots hold all older ones."""
         return self._state.slots
+
+    @property
+    def limits(self) -> Attributes:
+        """By slot; to be read after the slot numbers."""
+        return self._state.limits
 
     @property
     def changed_rows(self) -> np.ndarray:
@@ -126,8 +135,13 @@ class Catalogue:
         ids_N[new_N] = state.new_ids[rows_N[new_N] - self.n_known]
         return ids_N
 
-    def put(self, ids_N: np.ndarray, said: Slots) -> np.ndarray:
-        """Publish what uploads of distinct ids said; returns their rows (N,)."""
+    def uploaded_rows(self) -> np.ndarray:
+        """Every row with a slot."""
+        state = self._state
+        return np.concatenate([state.changed_rows, self.n_known + np.arange(state.n_new)])
+
+    def put(self, ids_N: np.ndarray, said: Slots, limits: pa.Table) -> np.ndarray:
+        """Publish what uploads of distinct ids said, `limits` in the canonical columns; returns their rows (N,)."""
         n, state = len(ids_N), self._state
         first, self._used = self._used, self._used + n
         slots = state.slots if self._used <= len(state.slots) else state.slots.grown(2 * self._used)
@@ -143,7 +157,8 @@ class Catalogue:
         if n_new > len(new_ids):
             new_ids, new_slots = _grown(new_ids, 2 * n_new), _grown(new_slots, 2 * n_new)
         new_ids[rows_N[new] - self.n_known], new_slots[rows_N[new] - self.n_known] = ids_N[new], slot_N[new]
-        self._state = _State(slots, state.changed_rows, state.changed_slots, new_ids, new_slots, n_new)
+        so_far = state.limits.append(limits)
+        self._state = _State(slots, so_far, state.changed_rows, state.changed_slots, new_ids, new_slots, n_new)
         self._point(rows_N, slot_N)  # only now, that the slots are there: rows that had older ones
         self._row_of_new.update(zip(ids_N[new].tolist(), rows_N[new].tolist(), strict=True))
         self.changes += 1
@@ -190,6 +205,24 @@ class Counters:
 
     def __getitem__(self, rows_N: np.ndarray) -> np.ndarray:
         return self._known[np.where(rows_N < self._n_known, rows_N, 0)]
+
+
+class LiveAttributes:
+    """What the rules read of `Attributes`, over the catalogue."""
+
+    def __init__(self, catalogue: Catalogue, known: Attributes) -> None:
+        self._catalogue, self._known = catalogue, known
+
+    def broken(self, viewer: Viewer, rows_N: np.ndarray, now_ms: int) -> dict[str, np.ndarray]:
+        """A mask (N,) a limit, True where it forbids the row."""
+        slot_N = self._catalogue.slots_of(rows_N)
+        if slot_N is None:
+            return self._known.broken(viewer, rows_N, now_ms)
+        uploaded_N = slot_N > REMOVED
+        masks = self._known.broken(viewer, np.where(uploaded_N, 0, rows_N), now_ms)
+        for name, mask in self._catalogue.limits.broken(viewer, slot_N[uploaded_N], now_ms).items():
+            masks[name][uploaded_N] = mask
+        return masks
 
 
 class LiveVideos:

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
 
 from features.inputs import UNKNOWN_UPLOAD, age_features
-from features.schema import VIDEOS
+from features.schema import LIMITS, VIDEOS
 from features.spec import Content
 from features.transforms import Encoder
 from serving.bundle import FeedBundle
@@ -20,6 +21,7 @@ from serving.catalogue import Slots
 from serving.limits import VIDEO_COLUMNS
 from serving.messages import Video
 
+_AS_THEY_ARE = ("video_id", "author_id", "upload_ts_ms", "duration_ms", "tags", "eligible", *(f.name for f in LIMITS))
 _log = logging.getLogger(__name__)
 
 
@@ -29,8 +31,18 @@ def content_width(encoder: Encoder) -> int | None:
     return max(widths) if widths else None
 
 
-def encode(bundle: FeedBundle, videos: Sequence[Video], instant_ms: int) -> tuple[np.ndarray, Slots]:
-    """(ids, slots) of distinct videos, ids ascending; vectors as of the instant that the bundle's own are of.
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """N uploads of distinct videos, by id."""
+
+    ids_N: np.ndarray
+    slots: Slots
+    limits: pa.Table
+    """The canonical columns of whom and when."""
+
+
+def encode(bundle: FeedBundle, videos: Sequence[Video], instant_ms: int) -> Encoded:
+    """Uploads of distinct videos; vectors as of the instant that the bundle's own are of.
 
     A video of the bundle keeps its counters, another has those of row 0. Content of another width than the encoder
     reads (stored under an earlier bundle) counts as not known.
@@ -41,7 +53,7 @@ def encode(bundle: FeedBundle, videos: Sequence[Video], instant_ms: int) -> tupl
     upload_ts_ms_N = _integers(table, "upload_ts_ms", UNKNOWN_UPLOAD)
     counters_NC = bundle.video_counters[bundle.videos.rows_of(encoded.ids)]
     at_instant_NC = np.concatenate([counters_NC, age_features(np.array(instant_ms), upload_ts_ms_N)], axis=1)
-    return encoded.ids, Slots(
+    slots = Slots(
         sparse=encoded.sparse[1:],
         dense=encoded.dense[1:],
         vectors=bundle.towers.video_vectors(encoded, rows_N, at_instant_NC).astype(np.float16),
@@ -50,6 +62,7 @@ def encode(bundle: FeedBundle, videos: Sequence[Video], instant_ms: int) -> tupl
         duration_ms=_integers(table, "duration_ms", 0),
         eligible=table["eligible"].to_numpy(zero_copy_only=False),
     )
+    return Encoded(encoded.ids, slots, table.select([field.name for field in LIMITS]))
 
 
 def _table(videos: Sequence[Video], width: int | None) -> pa.Table:
@@ -59,9 +72,8 @@ def _table(videos: Sequence[Video], width: int | None) -> pa.Table:
         _log.warning("%d videos, %d the first, have content of another width than %s", len(unfit), unfit[0], width)
     columns: dict[str, list] = {name: [] for name in VIDEOS.names}
     for video in sorted(videos, key=lambda video: video.video_id):
-        for name in ("video_id", "author_id", "upload_ts_ms", "duration_ms", "eligible"):
+        for name in _AS_THEY_ARE:
             columns[name].append(getattr(video, name))
-        columns["tags"].append(list(video.tags))
         fits = video.content is not None and len(video.content) == width
         columns["content"].append(video.content if fits else None)
         for name, kind in VIDEO_COLUMNS.items():

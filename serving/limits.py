@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 import pyarrow as pa
 
-from features.schema import VIDEOS
+from features.eligibility import Viewer
+from features.schema import LIMITS, MAX_AGE_YEARS, MAX_SAFETY_LEVEL, VIDEOS
 from serving.messages import Event, FeedRequest, Video
 
 MAX_K = 100
@@ -20,6 +21,10 @@ MAX_REMOVALS = 10_000
 MAX_TAGS = 1_000
 MAX_REQUEST_ID = 128
 MAX_SLOT = 9_999
+MAX_LANGUAGES = 16
+MAX_REGIONS = 256
+MAX_CODE = 35
+"""Characters of a language tag or region: RFC 5646 asks for room for 35."""
 MAX_MESSAGE_BYTES = 4 << 20
 """Largest message the server reads; 10,000 exclusions and as many blocked authors are 160 kB, 1,000 uploads with
 512 numbers of content each 2 MB."""
@@ -28,7 +33,8 @@ MAX_TS_MS = 253_402_300_799_000
 MAX_AHEAD_MS = 300_000
 """An event or an upload may be this far ahead of the server's clock; later ones would lie in nobody's past for long."""
 _VIDEO_FIELDS = ("video_id", "author_id", "upload_ts_ms", "duration_ms", "tags", "content", "eligible")
-VIDEO_COLUMNS: dict[str, pa.DataType] = {field.name: field.type for field in VIDEOS if field.name not in _VIDEO_FIELDS}
+_NOT_COLUMNS = {*_VIDEO_FIELDS, *(field.name for field in LIMITS)}
+VIDEO_COLUMNS: dict[str, pa.DataType] = {field.name: field.type for field in VIDEOS if field.name not in _NOT_COLUMNS}
 """What a video may have in `columns`: all that the canonical table knows, for the next bundle may read what this one
 does not."""
 NO_VIDEO_IDS = (0, -(2**63))
@@ -47,6 +53,23 @@ def check_page(request: FeedRequest, surfaces: Sequence[str], *, max_k: int = MA
     check_range("now_ms", request.now_ms, 0, MAX_TS_MS)
     check_count("excluded_video_ids", len(request.excluded_video_ids), 0, MAX_EXCLUSIONS)
     check_count("blocked_author_ids", len(request.blocked_author_ids), 0, MAX_EXCLUSIONS)
+    check_viewer(request.viewer)
+
+
+def check_viewer(viewer: Viewer) -> None:
+    """What is not given is not checked."""
+    check_text("viewer.region", viewer.region or "", MAX_CODE)
+    check_count("viewer.languages", len(viewer.languages), 0, MAX_LANGUAGES)
+    for i, language in enumerate(viewer.languages):
+        if not language.strip():
+            raise InvalidRequestError(f"viewer.languages[{i}]: empty; leave it out when the language is not known")
+        check_text(f"viewer.languages[{i}]", language, MAX_CODE)
+    for name, value, most in (
+        ("age_years", viewer.age_years, MAX_AGE_YEARS),
+        ("max_safety_level", viewer.max_safety_level, MAX_SAFETY_LEVEL),
+    ):
+        if value is not None:
+            check_range(f"viewer.{name}", value, 0, most)
 
 
 def check_candidates(n_candidates: int, surface: str, now_ms: int, surfaces: Sequence[str]) -> None:
@@ -91,8 +114,32 @@ def check_uploads(videos: Sequence[Video], clock_ms: int, width: int | None) -> 
                 raise InvalidRequestError(f"{path}.content: {len(video.content)} numbers, this bundle reads {width}")
             if not np.isfinite(video.content).all():
                 raise InvalidRequestError(f"{path}.content: holds numbers that are not finite")
+        _check_limits(path, video)
         for name, value in video.columns.items():
             _check_column(f"{path}.columns", name, value)
+
+
+def _check_limits(path: str, video: Video) -> None:
+    """Whom it may be shown to: what cannot be read must not be taken for no limit."""
+    check_count(f"{path}.regions", len(video.regions), 0, MAX_REGIONS)
+    codes = {f"{path}.regions[{i}]": region for i, region in enumerate(video.regions)}
+    if video.language is not None:
+        codes[f"{path}.language"] = video.language
+    for field, code in codes.items():
+        if not code.strip():
+            raise InvalidRequestError(f"{field}: empty; leave it out where there is no limit")
+        check_text(field, code, MAX_CODE)
+    for name, value, most in (
+        ("min_age", video.min_age, MAX_AGE_YEARS),
+        ("safety_level", video.safety_level, MAX_SAFETY_LEVEL),
+        ("available_from_ms", video.available_from_ms, MAX_TS_MS),
+        ("available_until_ms", video.available_until_ms, MAX_TS_MS),
+    ):
+        if value is not None:
+            check_range(f"{path}.{name}", value, 0, most)
+    begin, end = video.available_from_ms, video.available_until_ms
+    if begin is not None and end is not None and end <= begin:
+        raise InvalidRequestError(f"{path}.available_until_ms: {end} is not after available_from_ms, {begin}")
 
 
 def check_removals(video_ids: Sequence[int]) -> None:
@@ -132,10 +179,10 @@ def check_count(field: str, count: int, low: int, high: int) -> None:
         raise InvalidRequestError(f"{field}: {count} entries, allowed are {low} .. {high}")
 
 
-def check_text(field: str, text: str) -> None:
+def check_text(field: str, text: str, most: int = MAX_REQUEST_ID) -> None:
     """Short and printable: request ids end up in logs and tables."""
-    if len(text) > MAX_REQUEST_ID:
-        raise InvalidRequestError(f"{field}: {len(text)} characters, allowed are {MAX_REQUEST_ID}")
+    if len(text) > most:
+        raise InvalidRequestError(f"{field}: {len(text)} characters, allowed are {most}")
     if text and not text.isprintable():
         raise InvalidRequestError(f"{field}: holds characters that cannot be printed")
 

@@ -16,14 +16,12 @@ from pathlib import Path
 
 import numpy as np
 
-from candidate_gen.allowed import Eligibility
 from candidate_gen.live import LiveConfig, LiveIndex
 from candidate_gen.sources import AnnSource, FollowedSource, FreshSource, Source
-from features.entities import Entities
 from serving.arrivals import Arrivals
 from serving.bundle import FeedBundle
-from serving.catalogue import BUNDLE, Catalogue, Column, Counters, LiveVideos, Slots
-from serving.encode import encode
+from serving.catalogue import BUNDLE, Catalogue, Column, Counters, LiveAttributes, LiveVideos
+from serving.encode import Encoded, encode
 from serving.live_channels import LiveAnn, LiveEligibility, LiveUploads
 from serving.messages import RemoveOutcome, UpsertOutcome, Video
 from serving.upload_store import Change
@@ -44,11 +42,16 @@ class LiveBundle:
         """Number of the last stored change that is visible here."""
         self._folder = folder
         self._instant_ms = known.newest_event_ms + 1
-        if not (isinstance(known.videos, Entities) and isinstance(known.eligibility, Eligibility)):
+        videos, eligibility, limits = known.videos, known.eligibility, known.attributes
+        if (
+            isinstance(videos, LiveVideos)
+            or isinstance(eligibility, LiveEligibility)
+            or isinstance(limits, LiveAttributes)
+        ):
             raise TypeError(f"bundle {known.version} takes uploads already: a live bundle is made of a loaded one")
-        self._eligibility = known.eligibility
+        self._eligibility, self._known_limits = eligibility, limits
         self._index = LiveIndex(folder, known.index, known.ids_by_row, config)
-        self._catalogue, self._arrivals = Catalogue(known.videos, known.index.dim), Arrivals()
+        self._catalogue, self._arrivals = Catalogue(videos, known.index.dim), Arrivals()
         self._uploads = LiveUploads(known.uploads, self._catalogue, self._arrivals)
         self._ann = LiveAnn(
             AnnSource(known.index, known.uploads), self._index, self._catalogue, self._uploads, self._arrivals
@@ -70,25 +73,28 @@ class LiveBundle:
             video_counters=Counters(catalogue, known.video_counters),
             sources=tuple(ours.get(source.name, source) for source in known.sources),
             uploads=self._uploads,
-            eligibility=LiveEligibility(self._eligibility, catalogue, self._arrivals),
+            attributes=LiveAttributes(catalogue, self._known_limits),
+            eligibility=LiveEligibility(
+                self._eligibility, known.upload_ts_ms, self._known_limits, catalogue, self._arrivals
+            ),
             catalogue=catalogue,
             **columns,
         )
 
-    def encode(self, videos: Sequence[Video]) -> tuple[np.ndarray, Slots]:
+    def encode(self, videos: Sequence[Video]) -> Encoded:
         """What `put` takes; of an id given twice the last counts."""
         distinct = {video.video_id: video for video in videos}
         return encode(self.known, list(distinct.values()), self._instant_ms)
 
-    def put(self, ids_N: np.ndarray, said: Slots) -> UpsertOutcome:
+    def put(self, encoded: Encoded) -> UpsertOutcome:
         """Show what uploads said from now on, to every request that starts."""
+        ids_N, said = encoded.ids_N, encoded.slots
         rows_N = self._catalogue.rows_of(ids_N)
         known_N = rows_N > 0
         self._forget(rows_N[known_N])
-        rows_N = self._catalogue.put(ids_N, said)
+        rows_N = self._catalogue.put(ids_N, said, encoded.limits)
         self._ann.let_through(rows_N[rows_N < self._catalogue.n_known])
-        shown_N = said.eligible
-        self._arrivals.add(rows_N[shown_N], said.upload_ts_ms[shown_N], said.author_id[shown_N])
+        self._show(rows_N[said.eligible])
         self._index.upsert(ids_N, said.vectors, said.eligible)
         return UpsertOutcome(int((~known_N).sum()), int(known_N.sum()))
 
@@ -136,7 +142,7 @@ class LiveBundle:
         wanted = [change for change, has in zip(changes, self.contains(changes), strict=True) if not has]
         videos = [change.video for change in wanted if change.video is not None]
         if videos:
-            self.put(*self.encode(videos))
+            self.put(self.encode(videos))
         if removed := [change.video_id for change in wanted if change.removed]:
             self.remove(removed)
         self.applied = max([self.applied, *(change.number for change in changes)])
@@ -148,8 +154,18 @@ class LiveBundle:
         slot_N = np.full(len(rows_N), BUNDLE) if slot_N is None else slot_N
         first_time = rows_N[slot_N == BUNDLE]
         first_time = first_time[self.known.eligible[first_time]]
-        self._arrivals.hide(first_time, self.known.upload_ts_ms[first_time])
+        arrivals, limits = self._arrivals, self._known_limits
+        arrivals.hidden = arrivals.hidden.with_(first_time, first_time, self.known.upload_ts_ms[first_time], limits)
         slots = self._catalogue.slots
         shown_N = (slot_N > 0) & slots.eligible[slot_N]
-        slot_N = slot_N[shown_N]
-        self._arrivals.drop(rows_N[shown_N], slots.upload_ts_ms[slot_N], slots.author_id[slot_N])
+        rows_N, slot_N = rows_N[shown_N], slot_N[shown_N]
+        arrivals.shown = arrivals.shown.without(rows_N, slot_N, slots.upload_ts_ms[slot_N], self._catalogue.limits)
+        arrivals.drop(rows_N, slots.author_id[slot_N])
+
+    def _show(self, rows_N: np.ndarray) -> None:
+        """Put uploaded rows into the orders."""
+        slot_N = self._catalogue.slots_of(rows_N)
+        if slot_N is not None:
+            slots, arrivals, limits = self._catalogue.slots, self._arrivals, self._catalogue.limits
+            arrivals.shown = arrivals.shown.with_(rows_N, slot_N, slots.upload_ts_ms[slot_N], limits)
+            arrivals.add(rows_N, slots.author_id[slot_N])

@@ -8,6 +8,8 @@ from enum import IntEnum
 
 import numpy as np
 
+from features.eligibility import Viewer
+
 
 class Level(IntEnum):
     """How much of the funnel answered; the numbers are those of the proto."""
@@ -29,6 +31,8 @@ class FeedRequest:
     """Empty: a fresh one. It seeds exploration."""
     excluded_video_ids: Sequence[int] = ()
     blocked_author_ids: Sequence[int] = ()
+    viewer: Viewer = field(default_factory=Viewer)
+    """Who is watching; what is not said is filled in from the bundle's `filters.viewer`."""
     now_ms: int = 0
     """The instant of the request; 0 is the feed's clock. Only what happened strictly before it is seen."""
     explore: bool = True
@@ -154,6 +158,13 @@ class Video:
     content: np.ndarray | None = None
     """(D,) float32."""
     eligible: bool = True
+    regions: tuple[str, ...] = ()
+    """Empty: everywhere."""
+    language: str | None = None
+    min_age: int | None = None
+    safety_level: int | None = None
+    available_from_ms: int | None = None
+    available_until_ms: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -72,7 +72,7 @@ class LiveFeed:
             check_uploads(videos, clock_ms, content_width(self._live.known.encoder))
             encoded = self._live.encode(videos)
             number = self._store.keep(Said(clock_ms, videos=tuple(videos))).result()
-            outcome = self._live.put(*encoded)
+            outcome = self._live.put(encoded)
             self._live.applied = number
         return outcome
 

@@ -9,7 +9,7 @@ import json
 import sqlite3
 from collections.abc import Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
@@ -32,7 +32,7 @@ _REMOVE = (  # what was known of a video stays: it is in histories
 _READ = (
     "SELECT number, acknowledged_ms, removed, video_id, video, content FROM uploads WHERE number > ? ORDER BY number"
 )
-_CONTENT = "<f4"
+_ELSEWHERE, _CONTENT = ("video_id", "content"), "<f4"
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,13 +93,13 @@ def forget(database: sqlite3.Connection, numbers: Sequence[int]) -> None:
 
 
 def _to_json(video: Video) -> str:
-    described = {name: getattr(video, name) for name in ("author_id", "upload_ts_ms", "duration_ms", "eligible")}
-    return json.dumps({**described, "columns": video.columns, "tags": video.tags})
+    described = {field.name: getattr(video, field.name) for field in fields(Video)}
+    return json.dumps({name: value for name, value in described.items() if name not in _ELSEWHERE})
 
 
 def _from_json(video_id: int, text: str, content: bytes | None) -> Video:
     described = json.loads(text)
-    described["tags"] = tuple(described["tags"])
+    described |= {name: tuple(described[name]) for name in ("tags", "regions")}
     return Video(
         video_id=video_id,
         content=None if content is None else np.frombuffer(content, _CONTENT).astype(np.float32),

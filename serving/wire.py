@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from features.eligibility import Viewer
 from features.schema import SIGNALS
 from serving.messages import (
     CandidatesResponse,
@@ -28,6 +29,7 @@ def read_feed_request(message: pb.GetFeedRequest) -> FeedRequest:
         request_id=message.request_id,
         excluded_video_ids=message.excluded_video_ids,
         blocked_author_ids=message.blocked_author_ids,
+        viewer=_read_viewer(message.viewer),
         now_ms=message.now_ms,
     )
 
@@ -39,6 +41,7 @@ def read_retrieve_request(message: pb.RetrieveRequest) -> FeedRequest:
         surface=message.surface,
         excluded_video_ids=message.excluded_video_ids,
         blocked_author_ids=message.blocked_author_ids,
+        viewer=_read_viewer(message.viewer),
         now_ms=message.now_ms,
     )
 
@@ -72,29 +75,32 @@ def write_event(event: Event) -> pb.Event:
     return message
 
 
+_OPTIONAL = ("author_id", "upload_ts_ms", "duration_ms", "language", "min_age", "safety_level", "available_from_ms",
+             "available_until_ms")  # fmt: skip
+"""Fields of a video that may be unknown."""
+
+
 def read_video(message: pb.Video) -> Video:
     return Video(
         video_id=message.video_id,
-        author_id=message.author_id if message.HasField("author_id") else None,
-        upload_ts_ms=message.upload_ts_ms if message.HasField("upload_ts_ms") else None,
-        duration_ms=message.duration_ms if message.HasField("duration_ms") else None,
         columns=dict(message.columns),
         tags=tuple(message.tags),
         content=np.array(message.content, np.float32) if message.content else None,
         eligible=message.eligible if message.HasField("eligible") else True,
+        regions=tuple(message.regions),
+        **{name: getattr(message, name) for name in _OPTIONAL if message.HasField(name)},
     )
 
 
 def write_video(video: Video) -> pb.Video:
     return pb.Video(
         video_id=video.video_id,
-        author_id=video.author_id,
-        upload_ts_ms=video.upload_ts_ms,
-        duration_ms=video.duration_ms,
         columns=video.columns,
         tags=video.tags,
         content=() if video.content is None else video.content.tolist(),
         eligible=video.eligible,
+        regions=video.regions,
+        **{name: getattr(video, name) for name in _OPTIONAL},
     )
 
 
@@ -188,6 +194,24 @@ def read_ranked(message: pb.RankResponse) -> RankedResponse:
 
 def write_outcome(outcome: LogOutcome) -> pb.LogEventsResponse:
     return pb.LogEventsResponse(stored=outcome.stored, merged=outcome.merged, conflicting=outcome.conflicting)
+
+
+def write_viewer(viewer: Viewer) -> pb.Viewer:
+    return pb.Viewer(
+        region=viewer.region or "",
+        languages=viewer.languages,
+        age_years=viewer.age_years,
+        max_safety_level=viewer.max_safety_level,
+    )
+
+
+def _read_viewer(message: pb.Viewer) -> Viewer:
+    return Viewer(
+        region=message.region or None,
+        languages=tuple(message.languages),
+        age_years=message.age_years if message.HasField("age_years") else None,
+        max_safety_level=message.max_safety_level if message.HasField("max_safety_level") else None,
+    )
 
 
 def _write_item(item: ServedItem) -> pb.ServedItem:

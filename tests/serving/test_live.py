@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Iterator
 from dataclasses import fields, replace
@@ -11,20 +12,22 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from candidate_gen.allowed import Eligibility
 from candidate_gen.blend import BlendConfig, Quota
 from candidate_gen.live import LiveConfig
 from features.inputs import age_features
-from features.schema import VIDEOS
+from features.schema import LIMITS, VIDEOS
 from serving.bundle import FeedBundle
-from serving.config import FilterConfig
+from serving.config import FeedConfig, FilterConfig
 from serving.feed import Feed
 from serving.hydrate import hydrate, model_inputs
 from serving.live import LiveBundle
 from serving.messages import CandidatesResponse, Event, FeedRequest, Level, RemoveOutcome, UpsertOutcome, Video
 from serving.store import NOTHING_KNOWN, NoStore, SqliteStore
 
-HOUR_MS, DAY_MS = 3_600_000, 86_400_000
+sys.path.insert(0, str(Path(__file__).parents[1] / "features"))
+from video_limits import HOUR_MS, may_be_shown, random_limits, random_viewer
+
+DAY_MS = 86_400_000
 NEW_0 = 2**57
 EVERYTHING, STRANGER = 2_000, -5
 
@@ -48,7 +51,7 @@ def a_video(rng: np.random.Generator, video_id: int, now_ms: int, **fields) -> V
 
 
 def upsert(live: LiveBundle, *videos: Video) -> UpsertOutcome:
-    return live.put(*live.encode(videos))
+    return live.put(live.encode(videos))
 
 
 def only(bundle: FeedBundle, source: str, **config) -> FeedBundle:
@@ -60,16 +63,28 @@ def only(bundle: FeedBundle, source: str, **config) -> FeedBundle:
     return replace(bundle, sources=sources, config=replace(bundle.config, blend=blend, **config))
 
 
+def with_limits(world, share: float):
+    """The world with limits of so many of its videos."""
+    videos = world.tables["videos"]
+    if share:
+        limits = random_limits(np.random.default_rng(4), len(videos), world.now_ms, open_share=1 - share)
+        for name, column in limits.items():
+            videos = videos.append_column(name, column)
+    return replace(world, tables={**world.tables, "videos": videos})
+
+
 class Truth:
     """What a plain dictionary says may be shown."""
 
     def __init__(self, world) -> None:
-        self.videos = {row["video_id"]: row for row in world.tables["videos"].to_pylist()}
+        nothing = dict.fromkeys(field.name for field in LIMITS)
+        self.videos = {row["video_id"]: {**nothing, **row} for row in world.tables["videos"].to_pylist()}
         self.events, self.follows = (world.tables[name].to_pylist() for name in ("events", "follows"))
 
     def upsert(self, video: Video) -> None:
         self.videos[video.video_id] = {
-            name: getattr(video, name) for name in ("video_id", "author_id", "upload_ts_ms", "eligible")
+            name: getattr(video, name)
+            for name in ("video_id", "author_id", "upload_ts_ms", "eligible", *(field.name for field in LIMITS))
         }
 
     def followed(self, user: int) -> set[int]:
@@ -85,6 +100,8 @@ class Truth:
                 continue
             if video["author_id"] in (user, *request.blocked_author_ids):
                 continue
+            if not may_be_shown(video, request.viewer, now_ms):
+                continue
             if uploaded is not None and (
                 uploaded > now_ms or (max_age_h is not None and uploaded < now_ms - max_age_h * HOUR_MS)
             ):
@@ -99,11 +116,12 @@ def found(bundle: FeedBundle, request: FeedRequest) -> CandidatesResponse:
     return response
 
 
-@pytest.mark.parametrize("max_age_h", [None, 24.0 * 9])
-def test_after_any_uploads_and_removals_exactly_what_may_be_shown_is_found(world, tmp_path, max_age_h):
-    known = world.bundle()
-    config = replace(known.config, filters=FilterConfig(max_age_h=max_age_h))
-    known = replace(known, config=config, eligibility=Eligibility(known.eligible, known.uploads, max_age_h))
+@pytest.mark.parametrize(("max_age_h", "limited"), [(None, 0.0), (24.0 * 9, 0.4), (None, 0.7)])
+def test_after_any_uploads_and_removals_exactly_what_may_be_shown_is_found(world, tmp_path, max_age_h, limited):
+    """`limited`: how much of whom and when is said of videos, by the bundle and by uploads."""
+    world = with_limits(world, limited)
+    config = FeedConfig(surfaces=("main", "search"), filters=FilterConfig(max_age_h=max_age_h))
+    known = FeedBundle.open(world.stage(config), "limited")
     live = LiveBundle(known, tmp_path / "index", LiveConfig(compact_at=60, flush=False))
     truth, rng = Truth(world), np.random.default_rng()
     of_bundle, newest = list(truth.videos), NEW_0
@@ -118,6 +136,11 @@ def test_after_any_uploads_and_removals_exactly_what_may_be_shown_is_found(world
             if rng.random() < 0.9
             else a_video(rng, i, world.now_ms, upload_ts_ms=None)
             for i in ids
+        ]
+        limits = pa.table(random_limits(rng, len(ids), world.now_ms, open_share=1 - limited)).to_pylist()
+        videos = [
+            replace(video, **{**row, "regions": tuple(row["regions"] or ())})
+            for video, row in zip(videos, limits, strict=True)
         ]
         there = {v.video_id for v in videos} & set(live.bundle.videos.ids_of(np.arange(1, len(live.bundle.videos) + 1)))
         if videos:
@@ -136,6 +159,7 @@ def test_after_any_uploads_and_removals_exactly_what_may_be_shown_is_found(world
             now_ms=world.now_ms + int(rng.integers(-3 * DAY_MS, 2 * HOUR_MS)),
             excluded_video_ids=rng.choice([*truth.videos], rng.choice([0, 30]), replace=False).tolist(),
             blocked_author_ids=rng.choice(authors, rng.choice([0, 3]), replace=False).tolist(),
+            viewer=random_viewer(rng),
         )
         allowed, followed = truth.allowed(request, max_age_h), truth.followed(request.user_id)
         response = found(live.bundle, request)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import queue
 import shutil
 import signal
 import sqlite3
@@ -203,13 +204,15 @@ def test_uploads_that_pile_up_are_refused_and_leave_room_for_pages(world, server
     ):
         database.execute("BEGIN IMMEDIATE")
         stub = feed_pb2_grpc.FeedServiceStub(channel)
-        calls = [stub.UpsertVideos.future(request, timeout=30) for _ in range(CONFIG.max_in_flight)]
-        most = CONFIG.max_changes_waiting
-        assert {call.code() for call in calls[most:]} == {grpc.StatusCode.RESOURCE_EXHAUSTED}
-        assert "overload: 16 uploads and removals are waiting" in calls[-1].details()
+        ended: queue.Queue[grpc.Future] = queue.Queue()
+        for _ in range(CONFIG.max_in_flight):
+            stub.UpsertVideos.future(request, timeout=60).add_done_callback(ended.put)
+        refusals = [ended.get(timeout=30) for _ in range(CONFIG.max_in_flight - CONFIG.max_changes_waiting)]
+        assert {call.code() for call in refusals} == {grpc.StatusCode.RESOURCE_EXHAUSTED}
+        assert "overload: 16 uploads and removals are waiting" in refusals[0].details()
         assert len(client.get_feed(STRANGER, now_ms=world.now_ms).items) == 10
         database.execute("ROLLBACK")
-        taken = {call.code() for call in calls[:most]}
+        taken = {ended.get(timeout=60).code() for _ in range(CONFIG.max_changes_waiting)}
         assert taken <= {grpc.StatusCode.OK, grpc.StatusCode.UNAVAILABLE}, "the latter after some seconds of waiting"
         assert client.upsert_videos([Video(video_id=NEW_0 + 1)]) == UpsertOutcome(1, 0)
 

@@ -89,7 +89,7 @@ class _FilterOf:
         self._lock = threading.Lock()
 
     def __call__(self, bits: np.ndarray) -> RowFilter:
-        """Safe from many threads: of two made at once one is kept, for searches under the same one are asked together."""
+        """Safe from many threads; of two made at once one is kept: searches under the same one are asked together."""
         with self._lock:
             if id(bits) in self._kept:
                 self._kept.move_to_end(id(bits))

@@ -1,23 +1,28 @@
 """Which videos a request may be shown, without touching anything of the catalogue's size for each request.
 
-What is the same for everybody (eligible, already uploaded, not too old) is one bitmap that requests share; what is one
-request's own (seen, excluded, blocked) is a short list of rows. V video rows, bit r & 7 of byte r >> 3 is row r.
+What viewers of one kind have in common (eligible, the right time, their region, languages, age and safety) is one
+bitmap that their requests share; what is one request's own (seen, excluded, blocked) is a short list of rows.
+V video rows, bit r & 7 of byte r >> 3 is row r.
 """
 
 from __future__ import annotations
 
 import threading
+from collections import OrderedDict
 from dataclasses import dataclass
 
 import numpy as np
 
-from candidate_gen.uploads import Uploads
+from candidate_gen.bits import are_set
+from candidate_gen.timeline import REASONS, Stretch, Timeline
+from candidate_gen.viewers import LIMITS, Kind, ViewerBitmaps
+from features.eligibility import Viewer
 
-HOUR_MS = 3_600_000
-SHARED_MS = 600_000
-"""Requests of the same ten minutes share a bitmap; the few videos that come or go meanwhile are listed."""
-_KEPT = 4
-"""Bitmaps kept: the present ten minutes', and those of requests about the past."""
+KINDS_KEPT = 16
+"""Kinds of viewers, in one stretch of ten minutes each, whose bitmaps are kept; the ANN source keeps as many filters.
+At 100 million videos each is 12.5 MB here and as much there, 400 MB in all, and up to 200 MB more where every one is of
+another stretch. A kind that is not kept is made again by the request that needs it: a pass over V / 8 bytes for each
+of its limits, and one for the index's filter."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,14 +52,14 @@ class Allowed:
 
 @dataclass(frozen=True, slots=True)
 class Shared:
-    """What everybody may be shown at an instant: a bitmap, less rows that it holds too early or too long."""
+    """What viewers of one kind may be shown at an instant: a bitmap, less rows whose time it is not."""
 
     bits: np.ndarray
     outside_rows: np.ndarray
     count: int
     """Rows allowed at the instant: the bits that are set, less `outside_rows`."""
-    not_yet_uploaded: int
-    too_old: int
+    removed: dict[str, int]
+    """Eligible rows that each rule took; a row under two rules counts for the first."""
 
     def without(self, *lists: np.ndarray) -> tuple[Allowed, list[int]]:
         """Leave further rows out; also how many each list took, where a row of two lists counts for the first."""
@@ -66,70 +71,66 @@ class Shared:
         return Allowed(self.bits, distinct[held], self.count - sum(taken)), taken
 
 
-class Eligibility:
-    """The shared bitmap at any instant; safe to ask from many threads."""
+@dataclass(frozen=True, slots=True)
+class _Held:
+    """A kind of viewers in a stretch of time."""
 
-    def __init__(self, eligible_V: np.ndarray, uploads: Uploads, max_age_h: float | None) -> None:
-        self._uploads = uploads
-        self._max_age_ms = None if max_age_h is None else round(max_age_h * HOUR_MS)
-        self._n_eligible = int(np.sum(eligible_V))
-        whole = (0, len(uploads.by_time))
-        self._kept = [(whole, np.packbits(eligible_V, bitorder="little"))]
+    stretch: Stretch
+    bits: np.ndarray
+    count: int
+    """Bits that are set."""
+    unfit: np.ndarray
+    """(4,) rows that each of LIMITS takes all the time: the edge is not among them."""
+    edge_limit: np.ndarray
+    """(E,) int64 for the edge rows: 0 where no limit is broken, else 1 + the place in LIMITS of the first."""
+
+
+class Eligibility:
+    """The shared bitmap of any viewer at any instant; safe to ask from many threads."""
+
+    def __init__(self, timeline: Timeline, viewers: ViewerBitmaps) -> None:
+        self._timeline, self._viewers = timeline, viewers
+        self.max_age_ms = timeline.max_age_ms
+        self._kept: OrderedDict[tuple[int, Kind], _Held] = OrderedDict()
         self._lock = threading.Lock()
 
-    def at(self, now_ms: int) -> Shared:
-        """Eligible videos uploaded at or before the instant and not too old at it; of unknown time, never too old."""
-        begin_ms = now_ms - now_ms % SHARED_MS
-        first, last = self._range(now_ms, now_ms)
-        held_first, held_last = self._range(begin_ms, begin_ms + SHARED_MS - 1)
-        by_time = self._uploads.by_time
-        future = len(by_time) - last
+    def at(self, now_ms: int, viewer: Viewer) -> Shared:
+        """Eligible videos that the viewer may be shown at the instant: uploaded at or before it, not too old at it
+        (of unknown time: never), available, and within every limit."""
+        held = self._held(now_ms, viewer)
+        stretch = held.stretch
+        reason_E = stretch.edge.reasons(now_ms, self.max_age_ms)
+        outside = reason_E > 0
+        limits_of_others = np.bincount(held.edge_limit[~outside], minlength=1 + len(LIMITS))[1:]
+        reasons = stretch.always + np.bincount(reason_E, minlength=1 + len(REASONS))
+        counts = [*reasons[1:].tolist(), *(held.unfit + limits_of_others).tolist()]
         return Shared(
-            bits=self._bits(held_first, held_last),
-            outside_rows=np.concatenate([by_time[held_first:first], by_time[last:held_last]]),
-            count=self._n_eligible - first - future,
-            not_yet_uploaded=future,
-            too_old=first,
+            bits=held.bits,
+            outside_rows=stretch.edge_rows[outside],
+            count=held.count - int((outside & (held.edge_limit == 0)).sum()),
+            removed=dict(zip((*REASONS, *LIMITS), counts, strict=True)),
         )
 
-    def _range(self, oldest_at_ms: int, newest_at_ms: int) -> tuple[int, int]:
-        """Places in `by_time` of what is young enough at the first instant and uploaded by the second."""
-        last = self._uploads.before(newest_at_ms + 1)
-        if self._max_age_ms is None:
-            return 0, last
-        return min(self._uploads.before(oldest_at_ms - self._max_age_ms), last), last
-
-    def _bits(self, first: int, last: int) -> np.ndarray:
-        """The bitmap with exactly first .. last-1 of `by_time` set, made from the nearest one that is kept."""
+    def _held(self, now_ms: int, viewer: Viewer) -> _Held:
+        kind = self._viewers.kind_of(viewer)
         with self._lock:
-            for i, (held, bits) in enumerate(self._kept):
-                if held == (first, last):
-                    self._kept.append(self._kept.pop(i))
-                    return bits
-            (near_first, near_last), near = min(
-                self._kept, key=lambda kept: abs(kept[0][0] - first) + abs(kept[0][1] - last)
-            )
-            bits, by_time = near.copy(), self._uploads.by_time
-            for begin, end, on in (
-                (near_first, min(first, near_last), False),
-                (max(last, near_first), near_last, False),
-                (first, min(near_first, last), True),
-                (max(near_last, first), last, True),
-            ):
-                _switch(bits, by_time[begin:end], on)
-            self._kept = [*self._kept, ((first, last), bits)][-_KEPT:]
-            return bits
+            stretch = self._timeline.at(now_ms)
+            key = (stretch.begin_ms, kind)
+            if key in self._kept:
+                self._kept.move_to_end(key)
+                return self._kept[key]
+        made = self._make(stretch, kind, viewer)  # outside the lock: requests of other viewers need not wait
+        with self._lock:
+            held = self._kept.setdefault(key, made)  # of two made at once one is kept: filters go by identity
+            if len(self._kept) > KINDS_KEPT:
+                self._kept.popitem(last=False)
+        return held
 
-
-def are_set(bits: np.ndarray, rows_N: np.ndarray) -> np.ndarray:
-    """(N,) bool: whether each row's bit is set."""
-    return (bits[rows_N >> 3] >> (rows_N & 7).astype(np.uint8)) & 1 == 1
-
-
-def _switch(bits: np.ndarray, rows: np.ndarray, on: bool) -> None:
-    """Set or clear distinct rows' bits in place."""
-    masks = np.left_shift(1, rows & 7).astype(np.uint8)
-    if on:
-        np.bitwise_or.at(bits, rows >> 3, masks)
-    else:
-        np.bitwise_and.at(bits, rows >> 3, ~masks)
+    def _make(self, stretch: Stretch, kind: Kind, viewer: Viewer) -> _Held:
+        bits, count, taken = self._viewers.narrow(stretch.bits, kind)
+        broken = self._viewers.attributes.unfit(viewer, stretch.edge_rows)
+        edge_limit = np.zeros(len(stretch.edge_rows), np.int64)
+        for code, name in reversed(list(enumerate(LIMITS, start=1))):
+            edge_limit[broken[name]] = code
+        of_edge = np.bincount(edge_limit, minlength=1 + len(LIMITS))[1:]
+        return _Held(stretch, bits, count, taken - of_edge, edge_limit)

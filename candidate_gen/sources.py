@@ -6,13 +6,15 @@ twice, at most k, best first, and the same answer to the same query.
 
 from __future__ import annotations
 
+import threading
+from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 
-from candidate_gen.allowed import Allowed
+from candidate_gen.allowed import KINDS_KEPT, Allowed
 from candidate_gen.covisit import CovisitConfig, Covisits, liked
 from candidate_gen.index import RowFilter, VideoIndex
 from candidate_gen.together import SearchTogether
@@ -21,6 +23,8 @@ from features.history import HistoryWindow
 
 _STEP = 4096
 """Rows looked at together while walking down a long order."""
+_FRESH = 1 << 18
+"""Newest uploads that are looked at: for a viewer who may be shown next to nothing, the walk would not end."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +37,7 @@ class SourceQuery:
     followed_authors: np.ndarray
     """int64, ascending."""
     allowed: Allowed
-    """Eligible, not too old, not blocked, not the user's own, not seen."""
+    """Eligible, the right time, within the viewer's limits, not blocked, not the user's own, not seen."""
     now_ms: int
     surface: str | None
     segment: int
@@ -80,16 +84,22 @@ class _FilterOf:
 
     def __init__(self, index: VideoIndex) -> None:
         self._index = index
-        self._kept: tuple[tuple[np.ndarray, RowFilter], ...] = ()
+        self._kept: OrderedDict[int, tuple[np.ndarray, RowFilter]] = OrderedDict()
+        """By the bitmap's id; the bitmap is held too, so that no other can get its id."""
+        self._lock = threading.Lock()
 
     def __call__(self, bits: np.ndarray) -> RowFilter:
-        """Safe from many threads: two at once may both make it, and either is right."""
-        for held, made in self._kept:
-            if held is bits:
-                return made
+        """Safe from many threads; of two made at once one is kept: searches under the same one are asked together."""
+        with self._lock:
+            if id(bits) in self._kept:
+                self._kept.move_to_end(id(bits))
+                return self._kept[id(bits)][1]
         made = self._index.allow(bits)
-        self._kept = ((bits, made), *self._kept[:3])
-        return made
+        with self._lock:
+            _, kept = self._kept.setdefault(id(bits), (bits, made))
+            if len(self._kept) > KINDS_KEPT:
+                self._kept.popitem(last=False)
+        return kept
 
 
 class CovisitSource:
@@ -153,8 +163,9 @@ class FreshSource:
         self._uploads = uploads
 
     def retrieve(self, query: SourceQuery, k: int) -> Retrieved:
-        """Uploads at or before now, newest first; scores fall with age."""
-        newest_first = self._uploads.by_time[: self._uploads.before(query.now_ms + 1)][::-1]
+        """Of the newest uploads at or before now those that are allowed, newest first; scores fall with age."""
+        uploaded = self._uploads.before(query.now_ms + 1)
+        newest_first = self._uploads.by_time[max(uploaded - _FRESH, 0) : uploaded][::-1]
         rows = newest_first[first_allowed(newest_first, query.allowed, k)]
         return Retrieved(rows, freshness(self._uploads.upload_ts_ms[rows], query.now_ms))
 

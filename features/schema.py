@@ -33,6 +33,24 @@ EVENTS = pa.schema(
 """One row an impression. Stored as `events/date=YYYY-MM-DD/*.parquet`; `slot` counts from 0; `propensity` is the
 probability of this video in this slot given the slots before it, null when the logger did not record it."""
 
+MAX_AGE_YEARS = 130
+MAX_SAFETY_LEVEL = 9
+LIMITS: tuple[pa.Field, ...] = (
+    pa.field("regions", pa.list_(pa.string())),
+    pa.field("language", pa.string()),
+    pa.field("min_age", pa.int16()),
+    pa.field("safety_level", pa.int8()),
+    pa.field("available_from_ms", pa.int64()),
+    pa.field("available_until_ms", pa.int64()),
+)
+"""Whom a video may be shown to, and when; null is no limit. schema.org says regionsAllowed, inLanguage, typicalAgeRange
+and availabilityStarts / availabilityEnds for these; the names here carry units.
+
+`regions` are those where it may be shown (ISO 3166 codes by habit), null or empty everywhere; `language` is a BCP 47
+tag, null for what needs none (music); `min_age` is in years; `safety_level` runs from 0, suitable everywhere, to
+MAX_SAFETY_LEVEL: null is 0, so what has not been reviewed must not be `eligible`, or must carry a level. A video is
+available from the first instant up to, and not at, the second."""
+
 VIDEOS = pa.schema(
     [
         pa.field("video_id", pa.int64(), nullable=False),
@@ -45,9 +63,11 @@ VIDEOS = pa.schema(
         pa.field("tags", pa.list_(pa.int64())),
         pa.field("content", pa.list_(pa.float32())),
         pa.field("eligible", pa.bool_(), nullable=False),
+        *LIMITS,
     ]
 )
-"""One row a video. `content` is a content embedding of one width in the whole table, or null throughout."""
+"""One row a video. An ineligible one is shown to nobody; `LIMITS` hold for some viewers or some of the time. `content`
+is a content embedding of one width in the whole table, or null throughout."""
 
 USERS = pa.schema([pa.field("user_id", pa.int64(), nullable=False)])
 """One row a user: the id, then any string, integer or float columns; the feature spec says which are used."""

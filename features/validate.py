@@ -14,11 +14,13 @@ import numpy as np
 import polars as pl
 import pyarrow as pa
 
-from features.schema import QUARANTINE_REASON, SIGNALS, TABLES
+from features.schema import MAX_AGE_YEARS, MAX_SAFETY_LEVEL, QUARANTINE_REASON, SIGNALS, TABLES
 
 DAY_MS = 24 * 3600 * 1000
 EARLIEST_TS_MS = 1_104_537_600_000
 """2005-01-01 UTC. Before it there was no online video to log; a time in seconds read as milliseconds falls in 1970."""
+LATEST_TS_MS = 253_402_300_799_000
+"""The end of the year 9999: a video may be available until then, but not later."""
 PRIMARY_KEYS = {"videos": "video_id", "users": "user_id"}
 """Tables with one row a key; the first row of a key is kept."""
 
@@ -149,7 +151,7 @@ def _widen(
     same_family = (
         (pa.types.is_floating(wanted) and (pa.types.is_floating(found) or pa.types.is_integer(found)))
         or (pa.types.is_string(wanted) and (pa.types.is_large_string(found) or pa.types.is_string_view(found)))
-        or (pa.types.is_list(wanted) and _is_list(found) and _numbers_fit(found.value_type, wanted.value_type))
+        or (pa.types.is_list(wanted) and _is_list(found) and _values_fit(found.value_type, wanted.value_type))
     )
     if not same_family:
         raise SchemaError(f"{where} is {found}, expected {wanted}: cast it in the source, or map another column")
@@ -167,10 +169,12 @@ def _is_list(found: pa.DataType) -> bool:
     return pa.types.is_list(found) or pa.types.is_large_list(found) or pa.types.is_fixed_size_list(found)
 
 
-def _numbers_fit(found: pa.DataType, wanted: pa.DataType) -> bool:
-    if pa.types.is_integer(wanted):
-        return pa.types.is_integer(found) or pa.types.is_null(found)
-    return pa.types.is_floating(found) or pa.types.is_integer(found) or pa.types.is_null(found)
+def _values_fit(found: pa.DataType, wanted: pa.DataType) -> bool:
+    if pa.types.is_null(found):
+        return True
+    if pa.types.is_string(wanted):
+        return pa.types.is_string(found) or pa.types.is_large_string(found) or pa.types.is_string_view(found)
+    return pa.types.is_integer(found) or (pa.types.is_floating(wanted) and pa.types.is_floating(found))
 
 
 def _rules(table_name: str, frame: pl.DataFrame, latest_ts_ms: int) -> Iterator[tuple[str, pl.Expr]]:
@@ -197,9 +201,22 @@ def _rules(table_name: str, frame: pl.DataFrame, latest_ts_ms: int) -> Iterator[
         if isinstance(dtype, pl.List):
             yield f"{name} holds a null", pl.col(name).list.eval(pl.element().is_null()).list.any()
     if table_name == "videos":
+        yield from _limit_rules()
         finite = pl.col("content").list.eval(pl.element().is_finite()).list.all()
         yield "content is not finite", ~finite
         width = pl.col("content").list.len()
         yield "content is not as wide as most", width != width.drop_nulls().mode().sort().last()
     if table_name == "candidates":
         yield "video_ids is empty", pl.col("video_ids").list.len() == 0
+
+
+def _limit_rules() -> Iterator[tuple[str, pl.Expr]]:
+    """A limit that cannot be read must set its video aside: to let it pass would be to show it to anybody."""
+    for name in ("available_from_ms", "available_until_ms"):
+        yield f"{name} is outside the years 2005 to 9999", ~pl.col(name).is_between(EARLIEST_TS_MS, LATEST_TS_MS)
+    begin, end = pl.col("available_from_ms"), pl.col("available_until_ms")
+    yield "available_until_ms is not after available_from_ms", end <= begin
+    yield f"min_age is outside 0 to {MAX_AGE_YEARS}", ~pl.col("min_age").is_between(0, MAX_AGE_YEARS)
+    yield f"safety_level is outside 0 to {MAX_SAFETY_LEVEL}", ~pl.col("safety_level").is_between(0, MAX_SAFETY_LEVEL)
+    yield "language is empty", pl.col("language").str.strip_chars() == ""
+    yield "regions holds an empty name", pl.col("regions").list.eval(pl.element().str.strip_chars() == "").list.any()

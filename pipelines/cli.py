@@ -233,11 +233,17 @@ def feed(
     k: Annotated[int, typer.Option(help="Videos.")] = 10,
     surface: Annotated[str, typer.Option(help="Surface; empty takes the bundle's first.")] = "",
     now_ms: Annotated[int, typer.Option(help="Instant of the request, for logs of the past; 0 is the clock.")] = 0,
+    region: Annotated[str | None, typer.Option(help="Where the viewer is, e.g. DE.")] = None,
+    language: Annotated[list[str] | None, typer.Option(help="One of the viewer's, e.g. pt-BR. Repeatable.")] = None,
+    age: Annotated[int | None, typer.Option(help="Years. Not given: as the bundle says, by default 0.")] = None,
+    safety: Annotated[int | None, typer.Option(help="Highest safety level to be shown, 0 to 9.")] = None,
 ) -> None:
     """Fetch a feed from a running server and print why each video is in it."""
+    from features.eligibility import Viewer
     from pipelines.show import print_feed
 
-    print_feed(address, user, k, surface, now_ms)
+    viewer = Viewer(region=region, languages=tuple(language or ()), age_years=age, max_safety_level=safety)
+    print_feed(address, user, k, surface, now_ms, viewer)
 
 
 @app.command(name="export-events")

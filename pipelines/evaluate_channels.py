@@ -13,14 +13,15 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from candidate_gen.allowed import HOUR_MS
 from candidate_gen.blend import BlendConfig, Pool, blend
 from candidate_gen.index import VideoIndex
 from candidate_gen.infer import Towers
 from candidate_gen.popular import segments
 from candidate_gen.sources import Retrieved, SourceQuery
+from candidate_gen.timeline import HOUR_MS
 from candidate_gen.train import index_instant
 from features.dataset import Dataset
+from features.eligibility import Attributes, Viewer
 from pipelines.evaluate_retrieval import Queries, make_queries, user_vectors
 from pipelines.recipes import Recipe
 from serving.channels import Channels, open_channels, write_channels
@@ -84,9 +85,11 @@ def ask_sources(
     first_day, first_ms = index_instant(dataset, dates)
     days = recipe.popular_days or first_day
     examples = dataset.rows_on(dataset.dates[max(first_day - days, 0) : first_day])
-    write_channels(folder, dataset, recipe.feed, popular_examples=examples, before_ms=first_ms)
+    # Logs do not say who was watching: nothing is held back for anybody's age, region or language.
+    open_to_all = Attributes.unlimited(len(dataset.eligible))
+    write_channels(folder, dataset, recipe.feed, open_to_all, popular_examples=examples, before_ms=first_ms)
     upload_ts_ms = np.asarray(dataset.upload_ts_ms)
-    channels = open_channels(folder, recipe.feed, index, upload_ts_ms, np.asarray(dataset.eligible))
+    channels = open_channels(folder, recipe.feed, index, upload_ts_ms, np.asarray(dataset.eligible), open_to_all)
     queries = make_queries(dataset, dates, recipe.retrieval_signal, at_most=AT_MOST)
     if len(queries) == 0:
         raise ValueError(f"no user has an unseen positive of {recipe.retrieval_signal!r} on {', '.join(dates)}")
@@ -176,7 +179,7 @@ def _source_queries(
             user_vector_D=vectors_QD[q],
             history=dataset.history.windows(queries.user_row_Q[q : q + 1], ends_Q[q : q + 1], length),
             followed_authors=followed[q],
-            allowed=channels.eligibility.at(int(queries.ts_ms_Q[q])).without(queries.seen[q])[0],
+            allowed=channels.eligibility.at(int(queries.ts_ms_Q[q]), Viewer()).without(queries.seen[q])[0],
             now_ms=int(queries.ts_ms_Q[q]),
             surface=names.get(int(queries.surface_Q[q])),
             segment=int(segment_Q[q]),

@@ -15,6 +15,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from features.eligibility import Viewer
 from pipelines.console import Stages, output
 from pipelines.ingest import load_table
 from pipelines.report import write_report
@@ -78,10 +79,10 @@ def fetch_feeds(ws: Workspace, record: dict, shown: Stages, users: int) -> None:
     record["stages"] = shown.records()
 
 
-def print_feed(address: str, user_id: int, k: int, surface: str, now_ms: int) -> None:
+def print_feed(address: str, user_id: int, k: int, surface: str, now_ms: int, viewer: Viewer) -> None:
     """Fetch one feed from a running server and print it; tags are not on the wire."""
     with FeedClient(address) as client:
-        feed = client.get_feed(user_id, k=k, surface=surface, now_ms=now_ms, timeout_s=10.0)
+        feed = client.get_feed(user_id, k=k, surface=surface, viewer=viewer, now_ms=now_ms, timeout_s=10.0)
     output().print(_feed_table(_feed_record(user_id, feed, {})))
 
 

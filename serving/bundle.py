@@ -23,16 +23,18 @@ from candidate_gen.sources import Source
 from candidate_gen.uploads import Uploads
 from features.artifacts import Bundle
 from features.dataset import Dataset
+from features.eligibility import Attributes
 from features.entities import Entities
 from features.history import HistoryLog
+from features.schema import LIMITS
 from features.transforms import Encoder
 from ranking.infer import Ranker
 from serving.channels import open_channels, write_channels
 from serving.config import FeedConfig
 
 T = TypeVar("T", Entities, HistoryLog)
-LAYOUT = 2
-"""Of a bundle's folder, in `layout.json`; 1, without that file, had no co-visitation."""
+LAYOUT = 3
+"""Of a bundle's folder, in `layout.json`; 1, without that file, had no co-visitation, 2 no limits of videos."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,6 +56,8 @@ class FeedBundle:
     author_id: np.ndarray
     """(V,) int64, 0 where not known."""
     eligible: np.ndarray
+    attributes: Attributes
+    """Whom each video may be shown to."""
     duration_ms: np.ndarray
     """(V,) int64, 0 where not known."""
     towers: Towers
@@ -84,7 +88,8 @@ class FeedBundle:
         upload_ts_ms, eligible = array("videos/videos_upload_ts_ms"), array("videos/videos_eligible")
         index = VideoIndex(folder / "index", scan_on)
         config = FeedConfig.from_json((folder / "feed.json").read_text())
-        channels = open_channels(folder / "channels", config, index, upload_ts_ms, eligible)
+        attributes = Attributes.load(folder / "videos")
+        channels = open_channels(folder / "channels", config, index, upload_ts_ms, eligible, attributes)
         loaded = cls(
             version=version,
             config=config,
@@ -99,6 +104,7 @@ class FeedBundle:
             upload_ts_ms=upload_ts_ms,
             author_id=array("videos/videos_author_id"),
             eligible=eligible,
+            attributes=attributes,
             duration_ms=array("videos/videos_duration_ms"),
             towers=Towers.load(folder / "towers"),
             ranker=Ranker.load(folder / "ranker"),
@@ -119,6 +125,7 @@ class FeedBundle:
             "upload_ts_ms": n_videos,
             "author_id": n_videos,
             "eligible": n_videos,
+            "attributes": n_videos,
             "duration_ms": n_videos,
             "user_counters": n_users,
             "follows_start": n_users + 1,
@@ -173,7 +180,11 @@ def write_bundle(
     dataset.users.save(folder / "users", "users")
     dataset.videos.save(folder / "videos", "videos")
     dataset.history.save(folder / "history")
-    duration_ms = videos.sort_by("video_id")["duration_ms"].fill_null(0).to_numpy().astype(np.int64)
+    wanted = ["video_id", "duration_ms", *(field.name for field in LIMITS if field.name in videos.column_names)]
+    by_row = videos.select(wanted).sort_by("video_id")
+    duration_ms = by_row["duration_ms"].fill_null(0).to_numpy().astype(np.int64)
+    attributes = Attributes.of(by_row, first_row=1)
+    attributes.save(folder / "videos")
     start, authors = _follows_by_user(dataset.users, follows)
     arrays = {
         "users/counters_user": dataset.counters.user_day[day],
@@ -188,7 +199,7 @@ def write_bundle(
     for name, values in arrays.items():
         np.save(folder / f"{name}.npy", np.asarray(values), allow_pickle=False)
     examples = np.arange(len(dataset.examples)) if popular_examples is None else popular_examples
-    write_channels(folder / "channels", dataset, feed_config, popular_examples=examples)
+    write_channels(folder / "channels", dataset, feed_config, attributes, popular_examples=examples)
     shutil.copytree(towers_dir, folder / "towers")
     shutil.copytree(ranker_dir, folder / "ranker")
     index.copy_to(folder / "index")

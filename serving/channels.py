@@ -19,8 +19,11 @@ from candidate_gen.sources import (
     PopularSource,
     Source,
 )
+from candidate_gen.timeline import Timeline, Windows
 from candidate_gen.uploads import Uploads
+from candidate_gen.viewers import ViewerBitmaps
 from features.dataset import Dataset
+from features.eligibility import Attributes
 from serving.config import FeedConfig
 
 
@@ -34,23 +37,36 @@ class Channels:
 
 
 def write_channels(
-    folder: Path, dataset: Dataset, config: FeedConfig, *, popular_examples: np.ndarray, before_ms: int | None = None
+    folder: Path,
+    dataset: Dataset,
+    config: FeedConfig,
+    attributes: Attributes,
+    *,
+    popular_examples: np.ndarray,
+    before_ms: int | None = None,
 ) -> None:
-    """Count and write into `folder` (created) what the sources read.
+    """Count and write into `folder` (created) what the sources and the filters read.
 
-    Popularity is counted on the example rows `popular_examples`, co-visitation on the histories before an instant (all
-    of them by default).
+    `attributes` are the videos' limits by row. Popularity is counted on the example rows `popular_examples`,
+    co-visitation on the histories before an instant (all of them by default).
     """
     folder.mkdir(parents=True, exist_ok=True)
     author_id, upload_ts_ms, eligible = map(np.asarray, (dataset.author_id, dataset.upload_ts_ms, dataset.eligible))
     Uploads.build(author_id, upload_ts_ms, eligible).save(folder)
+    Windows.build(attributes, eligible).save(folder)
+    ViewerBitmaps.write(folder, attributes)
     orders = count_popular(dataset, popular_examples, config.surfaces, config.popular_segment)
     save_orders(folder, orders, config.surfaces)
     Covisits.count(dataset.history, eligible, config.covisit, before_ms=before_ms).save(folder)
 
 
 def open_channels(
-    folder: Path, config: FeedConfig, index: VideoIndex, upload_ts_ms: np.ndarray, eligible: np.ndarray
+    folder: Path,
+    config: FeedConfig,
+    index: VideoIndex,
+    upload_ts_ms: np.ndarray,
+    eligible: np.ndarray,
+    attributes: Attributes,
 ) -> Channels:
     """Open what `write_channels` wrote; raises ValueError when arrays do not belong together or a quota
     names a source that there is not."""
@@ -68,8 +84,9 @@ def open_channels(
     wanted, there = {quota.source for quota in config.blend.quotas}, {source.name for source in sources}
     if unknown := sorted(wanted - there):
         raise ValueError(f"feed.json: blend.quotas name {unknown}; the sources are {sorted(there)}")
+    timeline = Timeline(eligible, uploads, attributes, Windows.load(folder), config.filters.max_age_h)
     return Channels(
         sources=tuple(source for source in sources if source.name in wanted),
         uploads=uploads,
-        eligibility=Eligibility(eligible, uploads, config.filters.max_age_h),
+        eligibility=Eligibility(timeline, ViewerBitmaps.load(folder, attributes)),
     )

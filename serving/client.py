@@ -11,10 +11,13 @@ from types import TracebackType
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from features.eligibility import Viewer
 from serving import wire
 from serving.messages import CandidatesResponse, Event, FeedResponse, LogOutcome, RankedResponse
 from serving.protos.reelrank.v1 import feed_pb2 as pb
 from serving.protos.reelrank.v1 import feed_pb2_grpc
+
+NOBODY_KNOWN = Viewer()
 
 
 class FeedClient:
@@ -34,10 +37,12 @@ class FeedClient:
         request_id: str = "",
         excluded_video_ids: Iterable[int] = (),
         blocked_author_ids: Iterable[int] = (),
+        viewer: Viewer = NOBODY_KNOWN,
         now_ms: int = 0,
         timeout_s: float | None = None,
     ) -> FeedResponse:
-        """The next k videos; `excluded_video_ids` are those of the pages before."""
+        """The next k videos; `excluded_video_ids` are those of the pages before. A `viewer` of whom nothing is said
+        is taken to be the most limited one, unless the bundle's `filters.viewer` says otherwise."""
         request = pb.GetFeedRequest(
             user_id=user_id,
             k=k,
@@ -45,6 +50,7 @@ class FeedClient:
             request_id=request_id,
             excluded_video_ids=excluded_video_ids,
             blocked_author_ids=blocked_author_ids,
+            viewer=wire.write_viewer(viewer),
             now_ms=now_ms,
         )
         return wire.read_feed_response(self._stub.GetFeed(request, timeout=timeout_s or self._timeout_s))
@@ -57,6 +63,7 @@ class FeedClient:
         surface: str = "",
         excluded_video_ids: Iterable[int] = (),
         blocked_author_ids: Iterable[int] = (),
+        viewer: Viewer = NOBODY_KNOWN,
         now_ms: int = 0,
         timeout_s: float | None = None,
     ) -> CandidatesResponse:
@@ -67,6 +74,7 @@ class FeedClient:
             surface=surface,
             excluded_video_ids=excluded_video_ids,
             blocked_author_ids=blocked_author_ids,
+            viewer=wire.write_viewer(viewer),
             now_ms=now_ms,
         )
         return wire.read_candidates(self._stub.Retrieve(request, timeout=timeout_s or self._timeout_s))

@@ -11,18 +11,23 @@ import xxhash
 from candidate_gen.blend import BlendConfig
 from candidate_gen.covisit import CovisitConfig
 from candidate_gen.sources import PopularSource
+from features.eligibility import Viewer
 from ranking.arrange import ArrangeConfig
 from ranking.value import ValueConfig
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FilterConfig:
-    """What is never shown, beyond the rules that cannot be turned off (own, blocked, ineligible, not yet uploaded)."""
+    """What is never shown, beyond the rules that cannot be turned off (own, blocked, ineligible, not yet
+    uploaded, and the limits of the videos)."""
 
     seen: bool = True
     """Leave out what the user has an impression of, in the bundle's history or in the event log."""
     max_age_h: float | None = None
     """Leave out older uploads; a video of unknown upload time is never too old."""
+    viewer: Viewer = field(default_factory=lambda: Viewer(age_years=0, max_safety_level=0))
+    """Stands in for what a request does not say of its viewer. Unless this says otherwise, such a viewer is shown no
+    video with a minimum age, a safety level or a list of regions, and videos of every language."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -164,6 +164,7 @@ class Feed:
                 query,
                 np.asarray(request.excluded_video_ids, dtype=np.int64),
                 np.asarray(request.blocked_author_ids, dtype=np.int64),
+                request.viewer,
             )
             allowed, stage.removed = rules.allowed()
             stage.received = len(self.bundle.videos)

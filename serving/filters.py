@@ -10,7 +10,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from candidate_gen.allowed import HOUR_MS, Allowed
+from candidate_gen.allowed import Allowed
+from candidate_gen.timeline import HOUR_MS
+from features.eligibility import Viewer
 from serving.bundle import FeedBundle
 from serving.hydrate import Query
 
@@ -23,11 +25,21 @@ class Rules:
     query: Query
     excluded_rows: np.ndarray
     blocked_authors: np.ndarray
+    viewer: Viewer
 
     @classmethod
-    def of(cls, bundle: FeedBundle, query: Query, excluded_video_ids: np.ndarray, blocked_authors: np.ndarray) -> Rules:
+    def of(
+        cls,
+        bundle: FeedBundle,
+        query: Query,
+        excluded_video_ids: np.ndarray,
+        blocked_authors: np.ndarray,
+        viewer: Viewer,
+    ) -> Rules:
+        """`viewer` is what the request says; the rest is the bundle's `filters.viewer`."""
         excluded = np.unique(bundle.videos.rows_of(excluded_video_ids))
-        return cls(bundle, query, excluded[excluded > 0], np.unique(blocked_authors))
+        known = viewer.or_else(bundle.config.filters.viewer)
+        return cls(bundle, query, excluded[excluded > 0], np.unique(blocked_authors), known)
 
     @property
     def oldest_ms(self) -> int | None:
@@ -41,14 +53,13 @@ class Rules:
 
     def allowed(self) -> tuple[Allowed, dict[str, int]]:
         """What may be shown, and what each rule took; a video under two rules counts for the first."""
-        shared = self.bundle.eligibility.at(self.query.now_ms)
+        shared = self.bundle.eligibility.at(self.query.now_ms, self.viewer)
         own = self.bundle.uploads.of(np.array([self.query.user_id]))
         blocked = self.bundle.uploads.of(self.blocked_authors)
         allowed, (seen, excluded, own, blocked) = shared.without(self.seen_rows, self.excluded_rows, own, blocked)
         removed = {
             "ineligible": len(self.bundle.videos) - self.bundle.n_eligible,
-            "not_yet_uploaded": shared.not_yet_uploaded,
-            "too_old": shared.too_old,
+            **shared.removed,
             "seen": seen,
             "excluded": excluded,
             "own": own,
@@ -63,6 +74,7 @@ class Rules:
         masks = {
             "ineligible": ~bundle.eligible[rows_K],
             "not_yet_uploaded": upload_K > self.query.now_ms,
+            **bundle.attributes.broken(self.viewer, rows_K, self.query.now_ms),
             "seen": np.isin(rows_K, self.seen_rows),
             "excluded": np.isin(rows_K, self.excluded_rows),
             "own": (author_K == self.query.user_id) & (author_K != 0),

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from features.eligibility import Viewer
+from features.schema import MAX_AGE_YEARS, MAX_SAFETY_LEVEL
 from serving.messages import Event, FeedRequest
 
 MAX_K = 100
@@ -13,6 +15,9 @@ MAX_EXCLUSIONS = 10_000
 MAX_EVENTS = 1_000
 MAX_REQUEST_ID = 128
 MAX_SLOT = 9_999
+MAX_LANGUAGES = 16
+MAX_CODE = 35
+"""Characters of a language tag or region: RFC 5646 asks for room for 35."""
 MAX_MESSAGE_BYTES = 1 << 20
 """Largest message the server reads; 10,000 exclusions and as many blocked authors are 160 kB."""
 MAX_TS_MS = 253_402_300_799_000
@@ -33,6 +38,23 @@ def check_page(request: FeedRequest, surfaces: Sequence[str], *, max_k: int = MA
     check_range("now_ms", request.now_ms, 0, MAX_TS_MS)
     check_count("excluded_video_ids", len(request.excluded_video_ids), 0, MAX_EXCLUSIONS)
     check_count("blocked_author_ids", len(request.blocked_author_ids), 0, MAX_EXCLUSIONS)
+    check_viewer(request.viewer)
+
+
+def check_viewer(viewer: Viewer) -> None:
+    """What is not given is not checked."""
+    check_text("viewer.region", viewer.region or "", MAX_CODE)
+    check_count("viewer.languages", len(viewer.languages), 0, MAX_LANGUAGES)
+    for i, language in enumerate(viewer.languages):
+        if not language.strip():
+            raise InvalidRequestError(f"viewer.languages[{i}]: empty; leave it out when the language is not known")
+        check_text(f"viewer.languages[{i}]", language, MAX_CODE)
+    for name, value, most in (
+        ("age_years", viewer.age_years, MAX_AGE_YEARS),
+        ("max_safety_level", viewer.max_safety_level, MAX_SAFETY_LEVEL),
+    ):
+        if value is not None:
+            check_range(f"viewer.{name}", value, 0, most)
 
 
 def check_candidates(n_candidates: int, surface: str, now_ms: int, surfaces: Sequence[str]) -> None:
@@ -70,10 +92,10 @@ def check_count(field: str, count: int, low: int, high: int) -> None:
         raise InvalidRequestError(f"{field}: {count} entries, allowed are {low} .. {high}")
 
 
-def check_text(field: str, text: str) -> None:
+def check_text(field: str, text: str, most: int = MAX_REQUEST_ID) -> None:
     """Short and printable: request ids end up in logs and tables."""
-    if len(text) > MAX_REQUEST_ID:
-        raise InvalidRequestError(f"{field}: {len(text)} characters, allowed are {MAX_REQUEST_ID}")
+    if len(text) > most:
+        raise InvalidRequestError(f"{field}: {len(text)} characters, allowed are {most}")
     if text and not text.isprintable():
         raise InvalidRequestError(f"{field}: holds characters that cannot be printed")
 

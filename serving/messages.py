@@ -8,6 +8,8 @@ from enum import IntEnum
 
 import numpy as np
 
+from features.eligibility import Viewer
+
 
 class Level(IntEnum):
     """How much of the funnel answered; the numbers are those of the proto."""
@@ -29,6 +31,8 @@ class FeedRequest:
     """Empty: a fresh one. It seeds exploration."""
     excluded_video_ids: Sequence[int] = ()
     blocked_author_ids: Sequence[int] = ()
+    viewer: Viewer = field(default_factory=Viewer)
+    """Who is watching; what is not said is filled in from the bundle's `filters.viewer`."""
     now_ms: int = 0
     """The instant of the request; 0 is the feed's clock. Only what happened strictly before it is seen."""
     explore: bool = True

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from features.eligibility import Viewer
 from features.schema import SIGNALS
 from serving.messages import (
     CandidatesResponse,
@@ -27,6 +28,7 @@ def read_feed_request(message: pb.GetFeedRequest) -> FeedRequest:
         request_id=message.request_id,
         excluded_video_ids=message.excluded_video_ids,
         blocked_author_ids=message.blocked_author_ids,
+        viewer=_read_viewer(message.viewer),
         now_ms=message.now_ms,
     )
 
@@ -38,6 +40,7 @@ def read_retrieve_request(message: pb.RetrieveRequest) -> FeedRequest:
         surface=message.surface,
         excluded_video_ids=message.excluded_video_ids,
         blocked_author_ids=message.blocked_author_ids,
+        viewer=_read_viewer(message.viewer),
         now_ms=message.now_ms,
     )
 
@@ -161,6 +164,24 @@ def read_ranked(message: pb.RankResponse) -> RankedResponse:
 
 def write_outcome(outcome: LogOutcome) -> pb.LogEventsResponse:
     return pb.LogEventsResponse(stored=outcome.stored, merged=outcome.merged, conflicting=outcome.conflicting)
+
+
+def write_viewer(viewer: Viewer) -> pb.Viewer:
+    return pb.Viewer(
+        region=viewer.region or "",
+        languages=viewer.languages,
+        age_years=viewer.age_years,
+        max_safety_level=viewer.max_safety_level,
+    )
+
+
+def _read_viewer(message: pb.Viewer) -> Viewer:
+    return Viewer(
+        region=message.region or None,
+        languages=tuple(message.languages),
+        age_years=message.age_years if message.HasField("age_years") else None,
+        max_safety_level=message.max_safety_level if message.HasField("max_safety_level") else None,
+    )
 
 
 def _write_item(item: ServedItem) -> pb.ServedItem:

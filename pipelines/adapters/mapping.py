@@ -154,7 +154,7 @@ def _column(raw: RawChunk, table: str, name: str, source: Source) -> pl.Series:
     if wanted is None:
         return {"int": raw.whole, "float": raw.real, None: raw.frame.get_column}[source.type](source.column)
     if pa.types.is_list(wanted):
-        return _list(raw, source.column, source.split or ",", whole=pa.types.is_integer(wanted.value_type))
+        return _list(raw, source.column, source.split or ",", wanted.value_type)
     if pa.types.is_boolean(wanted) or name in SIGNALS:
         return _truth(raw, source.column, signal=name in SIGNALS)
     if pa.types.is_integer(wanted):
@@ -180,13 +180,16 @@ def _finite(raw: RawChunk, column: str) -> pl.Series:
     return number
 
 
-def _list(raw: RawChunk, column: str, separator: str, *, whole: bool) -> pl.Series:
+def _list(raw: RawChunk, column: str, separator: str, kind: pa.DataType) -> pl.Series:
     values = raw.frame[column]
     if isinstance(values.dtype, pl.List | pl.Array):
         return values
-    if whole:
+    if pa.types.is_integer(kind):
         return raw.whole_list(column, separator)
-    typed = values.str.split(separator).list.eval(pl.element().str.strip_chars().cast(pl.Float32, strict=False))
+    parts = values.cast(pl.String).str.split(separator).list.eval(pl.element().str.strip_chars())
+    if pa.types.is_string(kind):
+        return parts
+    typed = parts.list.eval(pl.element().cast(pl.Float32, strict=False))
     raw.fault(f"{column} is not a list of numbers", typed.list.eval(pl.element().is_null()).list.any())
     return typed
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 import pyarrow as pa
 
-from features.schema import FOLLOWS, USERS, VIDEOS
+from features.schema import FOLLOWS, LIMITS, USERS, VIDEOS
 from pipelines.world.config import WorldConfig
 from pipelines.world.ids import opaque_ids
 from pipelines.world.population import (
@@ -64,7 +64,9 @@ def videos_table(config: WorldConfig, world: Population, noise: np.random.Genera
         "content": list_column(content.ravel(), np.full(V, config.content_dim)),
         "eligible": videos.eligible_V,
     }
-    return pa.table({field.name: columns[field.name] for field in VIDEOS}, schema=VIDEOS)
+    # Every video of the world may be shown to everybody.
+    columns |= {field.name: pa.nulls(V, field.type) for field in LIMITS}
+    return pa.table(columns, schema=VIDEOS)
 
 
 def follows_table(config: WorldConfig, world: Population, made: np.ndarray) -> pa.Table:

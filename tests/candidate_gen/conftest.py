@@ -15,7 +15,7 @@ from candidate_gen.model import TowerConfig
 from candidate_gen.train import TowersTask
 from features.batch import to_batch
 from features.dataset import Dataset
-from features.schema import EVENTS, SIGNALS, UNDATED, VIDEOS
+from features.schema import EVENTS, LIMITS, SIGNALS, UNDATED, VIDEOS
 from features.spec import Categorical, Content, FeatureSpec, MultiValued, Numeric
 
 TOPICS, USERS, VIDEOS_N, EVENTS_PER_USER, DAY_MS = 5, 150, 300, 24, 86_400_000
@@ -100,7 +100,7 @@ def dataset_of(
             "content": list(content.astype(np.float32)),
             "eligible": np.arange(VIDEOS_N) % 50 != 0,
         }
-    ).cast(VIDEOS)
+    ).cast(pa.schema([field for field in VIDEOS if field not in LIMITS]))
     columns: dict[str, object] = {name: pa.nulls(n, EVENTS.field(name).type) for name in EVENTS.names}
     columns |= {"request_id": [str(i) for i in range(n)], "user_id": user_ids[user], "video_id": video_ids[video]}
     columns |= {"ts_ms": ts_ms, "surface": ["feed"] * n}

@@ -149,3 +149,10 @@ def test_fresh_is_the_newest_that_is_out() -> None:
     found = FRESH.retrieve(query(), 20)
     out = np.where((UPLOAD_MS <= NOW_MS) & (UPLOAD_MS >= 0), UPLOAD_MS, -2)
     assert np.array_equal(np.sort(UPLOAD_MS[found.rows])[::-1], np.sort(out)[::-1][:20])
+
+
+def test_what_is_new_is_sought_among_the_newest_uploads_however_little_is_allowed() -> None:
+    n = (1 << 18) + 5
+    uploads = Uploads.build(np.ones(n, np.int64), NOW_MS - n + np.arange(n), np.arange(n) > 0)
+    for row, found in ((n - 1, [n - 1]), (n - (1 << 18), [n - (1 << 18)]), (2, [])):
+        assert FreshSource(uploads).retrieve(query(np.arange(n) == row), 10).rows.tolist() == found

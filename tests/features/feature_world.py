@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pyarrow as pa
 
-from features.schema import EVENTS, SIGNALS, VIDEOS
+from features.schema import EVENTS, LIMITS, SIGNALS, VIDEOS
 from features.spec import Categorical, Content, FeatureSpec, MultiValued, Numeric
 
 DAY_MS = 86_400_000
@@ -46,7 +46,7 @@ def tables(seed: int, *, users: int = 40, videos: int = 60, events: int = 900, d
             "content": list(rng.normal(size=(videos, 4)).astype(np.float32)),
             "eligible": rng.random(videos) < 0.9,
         }
-    ).cast(VIDEOS)
+    ).cast(pa.schema([field for field in VIDEOS if field not in LIMITS]))
     columns = {
         "request_id": [f"r{i}" for i in range(events)],
         "user_id": rng.choice(user_ids, events),

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from features.schema import EVENTS, SIGNALS, TABLES
+from features.schema import EVENTS, LIMITS, SIGNALS, TABLES
 from features.validate import DAY_MS, EARLIEST_TS_MS, SchemaError, count_exact_duplicates, validate
 
 NOW_MS = 1_700_000_000_000
@@ -143,6 +143,45 @@ def test_content_must_be_finite_and_of_one_width() -> None:
     split = validate("videos", videos)
     assert split.good["video_id"].to_pylist() == [1, 4]
     assert split.counts == {"content is not finite": 1, "content is not as wide as most": 1, "tags holds a null": 1}
+
+
+def test_a_video_whose_limits_cannot_be_read_is_set_aside_and_never_shown_without_them() -> None:
+    faults = {
+        "min_age is outside 0 to 130": [{"min_age": -1}, {"min_age": 131}, {"min_age": 2**40}],
+        "safety_level is outside 0 to 9": [{"safety_level": -1}, {"safety_level": 10}, {"safety_level": 300}],
+        "available_until_ms is not after available_from_ms": [
+            {"available_from_ms": NOW_MS, "available_until_ms": NOW_MS - step} for step in (0, 1)
+        ],
+        "available_from_ms is outside the years 2005 to 9999": [{"available_from_ms": NOW_MS // 1000}],
+        "available_until_ms is outside the years 2005 to 9999": [{"available_until_ms": 2**62}],
+        "language is empty": [{"language": " "}],
+        "regions holds an empty name": [{"regions": ["de", ""]}],
+        "regions holds a null": [{"regions": ["de", None]}],
+    }
+    sound = [
+        {},
+        {"min_age": 0, "safety_level": 0},
+        {"min_age": 130, "safety_level": 9, "language": "pt-BR", "regions": ["DE", "fr"]},
+        {"available_from_ms": NOW_MS + 400 * DAY_MS, "regions": []},
+        {"available_from_ms": NOW_MS, "available_until_ms": NOW_MS + 1},
+    ]
+    rows = [*sound, *(row for of_reason in faults.values() for row in of_reason)]
+    wide = dict(zip([field.name for field in LIMITS], [None, None, pa.int64(), pa.int64(), None, None], strict=True))
+    table = pa.table(
+        {
+            "video_id": range(len(rows)),
+            "eligible": [True] * len(rows),
+            **{
+                field.name: pa.array([row.get(field.name) for row in rows], wide[field.name] or field.type)
+                for field in LIMITS
+            },
+        }
+    )
+    split = validate("videos", table, now_ms=NOW_MS)
+    assert split.good["video_id"].to_pylist() == list(range(len(sound)))
+    assert split.counts == {reason: len(of_reason) for reason, of_reason in faults.items()}
+    without = validate("videos", table.select(["video_id", "eligible"])).good
+    assert all(without[field.name].null_count == len(rows) for field in LIMITS)
 
 
 def test_a_request_without_candidates_is_set_aside() -> None:

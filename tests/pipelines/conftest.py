@@ -16,7 +16,7 @@ from features.batch import Batch
 from features.dataset import Dataset
 from features.entities import SparseColumns
 from features.inputs import Collated
-from features.schema import EVENTS, SIGNALS, VIDEOS
+from features.schema import EVENTS, LIMITS, SIGNALS, VIDEOS
 from features.spec import Categorical, Content, FeatureSpec, MultiValued, Numeric
 
 N_USERS, N_VIDEOS, N_EVENTS = 60, 80, 1200
@@ -104,7 +104,7 @@ def _dataset(rng: np.random.Generator) -> Dataset:
             "content": list(rng.normal(size=(N_VIDEOS, 4)).astype(np.float32)),
             "eligible": [True] * N_VIDEOS,
         }
-    ).cast(VIDEOS)
+    ).cast(pa.schema([field for field in VIDEOS if field not in LIMITS]))
     events = {
         "request_id": [str(i) for i in range(N_EVENTS)],
         "user_id": rng.choice(users["user_id"].to_numpy(), N_EVENTS),

@@ -214,6 +214,41 @@ def test_a_mapping_converts_units_thresholds_ids_and_constants(tmp_path: Path) -
     ]
 
 
+LIMITS_MAPPING = """
+[videos]
+files = "FILE"
+[videos.columns]
+video_id = "v"
+eligible = { value = true }
+regions = { column = "where", split = "|" }
+language = "tongue"
+min_age = "fsk"
+safety_level = { value = 2 }
+available_until_ms = { column = "ends", unit = "iso" }
+"""
+
+
+def test_a_mapping_reads_the_limits_of_videos_from_text_and_from_lists(tmp_path: Path) -> None:
+    (tmp_path / "clips.csv").write_text("v,where,tongue,fsk,ends\n1,DE | fr,pt-BR,18,2026-01-31T08:00:00Z\n2,,,,\n")
+    listed = {"v": [1, 2], "where": [["DE", "fr"], None], "tongue": ["pt-BR", None], "fsk": [18, None]}
+    ends = pa.array([1_769_846_400_000, None], pa.timestamp("ms"))
+    pq.write_table(pa.table({**listed, "ends": ends}), tmp_path / "clips.parquet")
+    for file in ("clips.csv", "clips.parquet"):
+        (tmp_path / "m.toml").write_text(LIMITS_MAPPING.replace("FILE", file))
+        [chunk] = read_all(MappingAdapter(tmp_path / "m.toml"), "videos")
+        good = validate("videos", chunk.rows).good
+        assert good.select(["regions", "language", "min_age", "safety_level", "available_until_ms"]).to_pylist() == [
+            {
+                "regions": ["DE", "fr"],
+                "language": "pt-BR",
+                "min_age": 18,
+                "safety_level": 2,
+                "available_until_ms": 1_769_846_400_000,
+            },
+            {"regions": None, "language": None, "min_age": None, "safety_level": 2, "available_until_ms": None},
+        ]
+
+
 @pytest.mark.parametrize(
     ("old", "new", "words"),
     [

@@ -16,7 +16,7 @@ from candidate_gen.model import TowerConfig
 from candidate_gen.train import TowersTask, features_at, index_instant
 from features.artifacts import Registry
 from features.dataset import Dataset
-from features.schema import EVENTS, FOLLOWS, SIGNALS, VIDEOS
+from features.schema import EVENTS, FOLLOWS, LIMITS, SIGNALS, VIDEOS
 from features.spec import Categorical, Content, FeatureSpec, MultiValued, Numeric
 from ranking.model import RankerConfig
 from ranking.train import RankerTask
@@ -126,7 +126,7 @@ def random_tables() -> dict[str, pa.Table]:
     users = {"user_id": user_ids, "region": rng.choice(["a", "b"], USERS), "register_days": np.arange(USERS)}
     return {
         "users": pa.table(users),
-        "videos": pa.table(videos).cast(VIDEOS),
+        "videos": pa.table(videos).cast(pa.schema([field for field in VIDEOS if field not in LIMITS])),
         "events": pa.table(events).cast(EVENTS).append_column("date", pa.array(dates)),
         "follows": pa.table(follows).cast(FOLLOWS),
     }

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 
 import grpc
@@ -29,32 +26,8 @@ from serving.messages import Event, Level, LogOutcome
 from serving.protos.reelrank.v1 import feed_pb2, feed_pb2_grpc
 from serving.server import SERVICE, FeedServer, ServerConfig, check_address, serve
 
-CONFIG = ServerConfig(port=0, poll_s=3600, drain_notice_s=0, drain_grace_s=2, longest_deadline_ms=30_000)
-
-
-@contextmanager
-def running(registry: Path, store: Path) -> Iterator[FeedServer]:
-    """A server on its own event loop in a thread; drained at the end."""
-    loop = asyncio.new_event_loop()
-    thread = threading.Thread(target=loop.run_forever, daemon=True)
-    thread.start()
-
-    def run(step):
-        return asyncio.run_coroutine_threadsafe(step, loop).result(timeout=60)
-
-    async def build() -> FeedServer:
-        server = FeedServer(registry, store, CONFIG)
-        await server.start()
-        return server
-
-    server = run(build())
-    try:
-        yield server
-    finally:
-        run(server.drain())
-        loop.call_soon_threadsafe(loop.stop)
-        thread.join(timeout=10)
-        loop.close()
+sys.path.insert(0, str(Path(__file__).parent))
+from servers import CONFIG, refused, running, subprocess_server
 
 
 @pytest.fixture(scope="module")
@@ -67,12 +40,6 @@ def server(world, tmp_path_factory) -> Iterator[FeedServer]:
 def client(server) -> Iterator[FeedClient]:
     with FeedClient(f"127.0.0.1:{server.port}", timeout_s=20) as client:
         yield client
-
-
-def refused(call, *args, **kwargs) -> tuple[grpc.StatusCode, str]:
-    with pytest.raises(grpc.RpcError) as caught:
-        call(*args, **kwargs)
-    return caught.value.code(), caught.value.details()
 
 
 def answer(item, response, user_id: int, ts_ms: int, **signals: bool) -> Event:
@@ -261,28 +228,6 @@ def test_an_address_others_can_reach_needs_an_explicit_word(host):
         check_address(ServerConfig(host=host))
     check_address(ServerConfig(host=host, insecure_public=True))
     check_address(ServerConfig(host="127.0.0.1"))
-
-
-PROGRAM = """
-import sys
-from pathlib import Path
-from serving.server import ServerConfig, serve
-config = ServerConfig(port=0, drain_notice_s=0)
-serve(Path(sys.argv[1]), Path(sys.argv[2]), config, lambda *ready: print(*ready, flush=True))
-"""
-
-
-@contextmanager
-def subprocess_server(registry: Path, store: Path) -> Iterator[tuple[subprocess.Popen, str]]:
-    command = [sys.executable, "-c", PROGRAM, str(registry), str(store)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        try:
-            assert process.stdout is not None
-            address, version = process.stdout.readline().split()
-            assert version == "v1"
-            yield process, address
-        finally:
-            process.kill()
 
 
 def test_acknowledged_events_survive_kill_9_once_and_change_the_next_page(world, tmp_path):

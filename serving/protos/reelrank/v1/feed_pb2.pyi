@@ -19,7 +19,7 @@ LEVEL_RETRIEVAL_ORDER: Level
 LEVEL_POPULAR: Level
 
 class GetFeedRequest(_message.Message):
-    __slots__ = ("user_id", "k", "surface", "request_id", "excluded_video_ids", "blocked_author_ids", "now_ms")
+    __slots__ = ("user_id", "k", "surface", "request_id", "excluded_video_ids", "blocked_author_ids", "now_ms", "viewer")
     USER_ID_FIELD_NUMBER: _ClassVar[int]
     K_FIELD_NUMBER: _ClassVar[int]
     SURFACE_FIELD_NUMBER: _ClassVar[int]
@@ -27,6 +27,7 @@ class GetFeedRequest(_message.Message):
     EXCLUDED_VIDEO_IDS_FIELD_NUMBER: _ClassVar[int]
     BLOCKED_AUTHOR_IDS_FIELD_NUMBER: _ClassVar[int]
     NOW_MS_FIELD_NUMBER: _ClassVar[int]
+    VIEWER_FIELD_NUMBER: _ClassVar[int]
     user_id: int
     k: int
     surface: str
@@ -34,7 +35,20 @@ class GetFeedRequest(_message.Message):
     excluded_video_ids: _containers.RepeatedScalarFieldContainer[int]
     blocked_author_ids: _containers.RepeatedScalarFieldContainer[int]
     now_ms: int
-    def __init__(self, user_id: _Optional[int] = ..., k: _Optional[int] = ..., surface: _Optional[str] = ..., request_id: _Optional[str] = ..., excluded_video_ids: _Optional[_Iterable[int]] = ..., blocked_author_ids: _Optional[_Iterable[int]] = ..., now_ms: _Optional[int] = ...) -> None: ...
+    viewer: Viewer
+    def __init__(self, user_id: _Optional[int] = ..., k: _Optional[int] = ..., surface: _Optional[str] = ..., request_id: _Optional[str] = ..., excluded_video_ids: _Optional[_Iterable[int]] = ..., blocked_author_ids: _Optional[_Iterable[int]] = ..., now_ms: _Optional[int] = ..., viewer: _Optional[_Union[Viewer, _Mapping]] = ...) -> None: ...
+
+class Viewer(_message.Message):
+    __slots__ = ("region", "languages", "age_years", "max_safety_level")
+    REGION_FIELD_NUMBER: _ClassVar[int]
+    LANGUAGES_FIELD_NUMBER: _ClassVar[int]
+    AGE_YEARS_FIELD_NUMBER: _ClassVar[int]
+    MAX_SAFETY_LEVEL_FIELD_NUMBER: _ClassVar[int]
+    region: str
+    languages: _containers.RepeatedScalarFieldContainer[str]
+    age_years: int
+    max_safety_level: int
+    def __init__(self, region: _Optional[str] = ..., languages: _Optional[_Iterable[str]] = ..., age_years: _Optional[int] = ..., max_safety_level: _Optional[int] = ...) -> None: ...
 
 class StageStats(_message.Message):
     __slots__ = ("name", "received", "kept", "removed", "ms")
@@ -119,20 +133,22 @@ class GetFeedResponse(_message.Message):
     def __init__(self, request_id: _Optional[str] = ..., bundle_version: _Optional[str] = ..., policy_id: _Optional[str] = ..., cold: _Optional[bool] = ..., level: _Optional[_Union[Level, str]] = ..., degraded_reason: _Optional[str] = ..., shortfall_reason: _Optional[str] = ..., tasks: _Optional[_Iterable[str]] = ..., items: _Optional[_Iterable[_Union[ServedItem, _Mapping]]] = ..., stages: _Optional[_Iterable[_Union[StageStats, _Mapping]]] = ...) -> None: ...
 
 class RetrieveRequest(_message.Message):
-    __slots__ = ("user_id", "k", "surface", "excluded_video_ids", "blocked_author_ids", "now_ms")
+    __slots__ = ("user_id", "k", "surface", "excluded_video_ids", "blocked_author_ids", "now_ms", "viewer")
     USER_ID_FIELD_NUMBER: _ClassVar[int]
     K_FIELD_NUMBER: _ClassVar[int]
     SURFACE_FIELD_NUMBER: _ClassVar[int]
     EXCLUDED_VIDEO_IDS_FIELD_NUMBER: _ClassVar[int]
     BLOCKED_AUTHOR_IDS_FIELD_NUMBER: _ClassVar[int]
     NOW_MS_FIELD_NUMBER: _ClassVar[int]
+    VIEWER_FIELD_NUMBER: _ClassVar[int]
     user_id: int
     k: int
     surface: str
     excluded_video_ids: _containers.RepeatedScalarFieldContainer[int]
     blocked_author_ids: _containers.RepeatedScalarFieldContainer[int]
     now_ms: int
-    def __init__(self, user_id: _Optional[int] = ..., k: _Optional[int] = ..., surface: _Optional[str] = ..., excluded_video_ids: _Optional[_Iterable[int]] = ..., blocked_author_ids: _Optional[_Iterable[int]] = ..., now_ms: _Optional[int] = ...) -> None: ...
+    viewer: Viewer
+    def __init__(self, user_id: _Optional[int] = ..., k: _Optional[int] = ..., surface: _Optional[str] = ..., excluded_video_ids: _Optional[_Iterable[int]] = ..., blocked_author_ids: _Optional[_Iterable[int]] = ..., now_ms: _Optional[int] = ..., viewer: _Optional[_Union[Viewer, _Mapping]] = ...) -> None: ...
 
 class RetrieveResponse(_message.Message):
     __slots__ = ("bundle_version", "cold", "level", "degraded_reason", "sources", "video_ids", "scores", "source_index", "connected", "reasons", "stages")

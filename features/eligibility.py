@@ -53,8 +53,8 @@ class Viewer:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Attributes:
-    """The limits of V videos by row: 4 bytes a video up to 256 languages and sets of regions, at most 8, and 24 more
-    for one with an availability window."""
+    """The limits of V videos by row: 4 bytes a video, one more each from 256 languages and from 256 sets of regions on,
+    and 24 more for a video with an availability window."""
 
     region_set: np.ndarray
     """(V,) unsigned: 0 everywhere, else a set of regions."""

@@ -22,6 +22,7 @@ import pytest
 
 from candidate_gen.live import LiveConfig
 from features.artifacts import Registry
+from features.eligibility import Viewer
 from features.schema import VIDEOS
 from serving.client import FeedClient
 from serving.golden import record
@@ -96,6 +97,14 @@ def test_an_acknowledged_upload_is_in_the_next_request_and_an_acknowledged_remov
         ({"video_id": 0}, "video_id: 0 names no video"),
         ({"video_id": -(2**63)}, "video_id: -9223372036854775808 names no video"),
         ({"tags": tuple(range(1_001))}, "tags: 1001 entries, allowed are 0 .. 1000"),
+        ({"min_age": 131}, "min_age: 131 is outside 0 .. 130"),
+        ({"safety_level": -1}, "safety_level: -1 is outside 0 .. 9"),
+        ({"regions": ("DE", " ")}, "regions[1]: empty; leave it out where there is no limit"),
+        ({"language": "x" * 36}, "language: 36 characters, allowed are 35"),
+        (
+            {"available_from_ms": 7, "available_until_ms": 7},
+            "available_until_ms: 7 is not after available_from_ms, 7",
+        ),
         (
             {"columns": {"colour": "red"}},
             "columns: 'colour' is no column of a video; there are music_id, upload_type, video_type",
@@ -215,6 +224,36 @@ def test_uploads_that_pile_up_are_refused_and_leave_room_for_pages(world, server
         taken = {ended.get(timeout=60).code() for _ in range(CONFIG.max_changes_waiting)}
         assert taken <= {grpc.StatusCode.OK, grpc.StatusCode.UNAVAILABLE}, "the latter after some seconds of waiting"
         assert client.upsert_videos([Video(video_id=NEW_0 + 1)]) == UpsertOutcome(1, 0)
+
+
+def test_whom_an_upload_may_be_shown_to_is_kept_through_a_restart_and_a_swap(world, tmp_path):
+    registry, store = Registry(shutil.copytree(world.registry, tmp_path / "registry")), tmp_path / "s.sqlite"
+    said = {
+        NEW_0: {"min_age": 18},
+        NEW_0 + 1: {"regions": ("DE", "fr")},
+        NEW_0 + 2: {"language": "pt-BR", "safety_level": 2},
+        NEW_0 + 3: {"available_from_ms": world.now_ms - 5, "available_until_ms": world.now_ms + 5},
+        NEW_0 + 4: {"available_until_ms": world.now_ms},
+    }
+    seen_by = (
+        (Viewer(), {NEW_0 + 3}),
+        (Viewer(age_years=18), {NEW_0, NEW_0 + 3}),
+        (Viewer(region="FR", max_safety_level=2), {NEW_0 + 1, NEW_0 + 2, NEW_0 + 3}),
+        (Viewer(languages=("pt",), max_safety_level=3), {NEW_0 + 2, NEW_0 + 3}),
+        (Viewer(languages=("en",), max_safety_level=3), {NEW_0 + 3}),
+    )
+    for start in range(2):
+        with running(registry.root, store) as server, FeedClient(f"127.0.0.1:{server.port}", timeout_s=30) as client:
+            if start == 0:
+                client.upsert_videos([replace(videos(world, i, 1)[0], **limits) for i, limits in said.items()])
+            for version in ("v1", "v2"):
+                for viewer, expected in seen_by:
+                    response = client.retrieve(STRANGER, k=EVERYTHING, viewer=viewer, now_ms=world.now_ms)
+                    assert set(response.video_id_K.tolist()) & said.keys() == expected, (start, version, viewer)
+                    page = client.get_feed(STRANGER, k=100, viewer=viewer, now_ms=world.now_ms)
+                    assert {item.video_id for item in page.items} & said.keys() <= expected
+                registry.set_live("v2" if version == "v1" else "v1")
+                assert server.live.poll()
 
 
 def test_a_swap_keeps_what_came_before_it_and_what_comes_while_it_loads(world, tmp_path):
@@ -384,6 +423,7 @@ def test_the_command_line_uploads_a_file_counts_what_it_leaves_out_and_removes(w
     """Rows of another catalogue, one of them broken: the rest is served, and the exit code says that not all is."""
     rows = world.tables["videos"].to_pylist()
     rows = [{**row, "video_id": NEW_0 + i, "eligible": True} for i, row in enumerate(rows)]
+    rows[8] |= {"regions": ["DE"], "min_age": 12}
     rows[7]["duration_ms"] = -1
     path, address = tmp_path / "videos.parquet", f"127.0.0.1:{server.port}"
     pq.write_table(pa.Table.from_pylist(rows, VIDEOS), path)
@@ -397,7 +437,9 @@ def test_the_command_line_uploads_a_file_counts_what_it_leaves_out_and_removes(w
     assert sent.stdout == "299 new videos, 0 known ones replaced, 1 left out\n"
     assert "left out: 1 rows, duration_ms" in sent.stderr
     wanted = {row["video_id"] for i, row in enumerate(rows) if i != 7}
-    assert wanted <= there(client, world)
+    assert wanted - there(client, world) == {NEW_0 + 8}
+    german = client.retrieve(STRANGER, k=EVERYTHING, viewer=Viewer(region="de", age_years=12), now_ms=world.now_ms)
+    assert NEW_0 + 8 in german.video_id_K.tolist()
     assert client.rank(STRANGER, [NEW_0 + 7], now_ms=world.now_ms).unknown.tolist() == [0]
 
     gone = reelrank("remove", str(NEW_0), str(NEW_0 + 1), "3")

@@ -41,7 +41,7 @@ class LiveBundle:
         self.applied = 0
         """Number of the last stored change that is visible here."""
         self._folder = folder
-        self._instant_ms = known.newest_event_ms + 1
+        self._instant_ms, self._known_until_ms = known.newest_event_ms + 1, known.known_until_ms
         videos, eligibility, limits = known.videos, known.eligibility, known.attributes
         if (
             isinstance(videos, LiveVideos)
@@ -129,7 +129,7 @@ class LiveBundle:
         removal: it holds against a bundle that still shows the video, however new that is.
         """
         row_N = self.known.videos.rows_of(np.array([change.video_id for change in changes], np.int64))
-        older_N = np.array([change.acknowledged_ms <= self.known.known_until_ms for change in changes], bool)
+        older_N = np.array([change.acknowledged_ms for change in changes], np.int64) <= self._known_until_ms
         removed_N = np.array([change.removed for change in changes], bool)
         return older_N & np.where(removed_N, ~self.known.eligible[row_N], row_N > 0)
 

@@ -28,6 +28,7 @@ from serving.catalogue import BUNDLE, REMOVED, Catalogue, Column
 
 _NONE = np.zeros(0, np.int64)
 _ATTEMPTS = 3
+"""Searches of one request at most, see `LiveAnn`."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -90,7 +90,7 @@ class Eligibility:
 
     def __init__(self, timeline: Timeline, viewers: ViewerBitmaps) -> None:
         self._timeline, self._viewers = timeline, viewers
-        self.max_age_ms = timeline.max_age_ms
+        self.max_age_ms, self.n_eligible = timeline.max_age_ms, timeline.n_eligible
         self._kept: OrderedDict[tuple[int, Kind], _Held] = OrderedDict()
         self._lock = threading.Lock()
 

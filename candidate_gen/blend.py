@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from candidate_gen.sources import Retrieved
+from features.entities import ByRow
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -85,7 +86,7 @@ class Pool:
 
 
 def blend(
-    retrieved: Mapping[str, Retrieved], *, author_id: np.ndarray, followed_authors: np.ndarray, config: BlendConfig
+    retrieved: Mapping[str, Retrieved], *, author_id: ByRow, followed_authors: np.ndarray, config: BlendConfig
 ) -> Pool:
     """Merge what the sources found. `author_id` is by video row; sources without a quota raise ValueError."""
     quotas = config.quotas

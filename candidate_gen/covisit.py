@@ -115,8 +115,12 @@ class Covisits:
         return cls(np.concatenate([[0], np.cumsum(counts_V)]), neighbour, score)
 
     def similar(self, rows_E: np.ndarray, weight_E: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Neighbours of these videos, distinct and ascending (int64), and the weighted sums of their scores."""
-        begin_E, end_E = self.start[rows_E], self.start[np.asarray(rows_E) + 1]
+        """Neighbours of these videos, distinct and ascending (int64), and the weighted sums of their scores.
+
+        A row beyond those counted, of a video that came later, has none."""
+        counted_E = rows_E < len(self.start) - 1
+        rows_E, weight_E = rows_E[counted_E], weight_E[counted_E]
+        begin_E, end_E = self.start[rows_E], self.start[rows_E + 1]
         counts_E = end_E - begin_E
         at = np.repeat(begin_E - np.concatenate([[0], np.cumsum(counts_E)[:-1]]), counts_E) + np.arange(counts_E.sum())
         rows, inverse = np.unique(self.neighbour[at], return_inverse=True)

@@ -18,13 +18,20 @@ from candidate_gen.allowed import KINDS_KEPT, Allowed
 from candidate_gen.covisit import CovisitConfig, Covisits, liked
 from candidate_gen.index import RowFilter, VideoIndex
 from candidate_gen.together import SearchTogether
-from candidate_gen.uploads import Uploads
+from candidate_gen.uploads import RowSet, first_allowed
+from features.entities import ByRow
 from features.history import HistoryWindow
 
-_STEP = 4096
-"""Rows looked at together while walking down a long order."""
-_FRESH = 1 << 18
-"""Newest uploads that are looked at: for a viewer who may be shown next to nothing, the walk would not end."""
+
+class UploadOrders(Protocol):
+    """Who uploaded what, and when: `candidate_gen.uploads.Uploads`, or those with what came since."""
+
+    @property
+    def upload_ts_ms(self) -> ByRow: ...
+
+    def of(self, authors: np.ndarray, /) -> np.ndarray: ...
+
+    def newest(self, now_ms: int, k: int, allowed: RowSet) -> np.ndarray: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +74,7 @@ class AnnSource:
 
     name = "ann"
 
-    def __init__(self, index: VideoIndex, uploads: Uploads) -> None:
+    def __init__(self, index: VideoIndex, uploads: UploadOrders) -> None:
         self._search, self._uploads = SearchTogether(index), uploads
         self._filter_of = _FilterOf(index)
 
@@ -127,7 +134,7 @@ class FollowedSource:
 
     name = "followed"
 
-    def __init__(self, uploads: Uploads) -> None:
+    def __init__(self, uploads: UploadOrders) -> None:
         self._uploads = uploads
 
     def retrieve(self, query: SourceQuery, k: int) -> Retrieved:
@@ -159,28 +166,13 @@ class FreshSource:
 
     name = "fresh"
 
-    def __init__(self, uploads: Uploads) -> None:
+    def __init__(self, uploads: UploadOrders) -> None:
         self._uploads = uploads
 
     def retrieve(self, query: SourceQuery, k: int) -> Retrieved:
         """Of the newest uploads at or before now those that are allowed, newest first; scores fall with age."""
-        uploaded = self._uploads.before(query.now_ms + 1)
-        newest_first = self._uploads.by_time[max(uploaded - _FRESH, 0) : uploaded][::-1]
-        rows = newest_first[first_allowed(newest_first, query.allowed, k)]
+        rows = self._uploads.newest(query.now_ms, k, query.allowed)
         return Retrieved(rows, freshness(self._uploads.upload_ts_ms[rows], query.now_ms))
-
-
-def first_allowed(order: np.ndarray, allowed: Allowed, k: int) -> np.ndarray:
-    """Places in `order` of its first k allowed rows."""
-    found: list[np.ndarray] = []
-    missing = k
-    for start in range(0, len(order), _STEP):
-        if missing <= 0:
-            break
-        places = start + np.flatnonzero(allowed.has(order[start : start + _STEP]))[:missing]
-        found.append(places)
-        missing -= len(places)
-    return np.concatenate(found) if found else np.zeros(0, np.int64)
 
 
 def freshness(upload_ts_ms: np.ndarray, now_ms: int) -> np.ndarray:

@@ -116,7 +116,7 @@ class Timeline:
     ) -> None:
         self.max_age_ms = None if max_age_h is None else round(max_age_h * HOUR_MS)
         self._uploads, self._attributes, self._windows = uploads, attributes, windows
-        self._eligible_V = eligible_V
+        self._eligible_V, self.n_eligible = eligible_V, int(np.sum(eligible_V))
         self._kept: list[Stretch] = []
 
     def at(self, now_ms: int) -> Stretch:

@@ -9,10 +9,23 @@ from __future__ import annotations
 from bisect import bisect_left
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 
+_STEP = 4096
+"""Rows looked at together while walking down a long order."""
+FRESH = 1 << 18
+"""Newest uploads that are looked at: for a viewer who may be shown next to nothing, the walk would not end."""
 _SAVED = ("authors", "start", "rows", "by_time")
+
+
+class RowSet(Protocol):
+    """Rows that may be returned."""
+
+    def has(self, rows_N: np.ndarray, /) -> np.ndarray:
+        """(N,) bool."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +68,12 @@ class Uploads:
         """How many of `by_time` were uploaded before an instant."""
         return bisect_left(self.by_time, ts_ms, key=self.upload_ts_ms.__getitem__)
 
+    def newest(self, now_ms: int, k: int, allowed: RowSet) -> np.ndarray:
+        """The k newest allowed rows, of the FRESH newest uploaded at or before an instant, newest first."""
+        uploaded = self.before(now_ms + 1)
+        newest_first = self.by_time[max(uploaded - FRESH, 0) : uploaded][::-1]
+        return newest_first[first_allowed(newest_first, allowed, k)]
+
     def save(self, folder: Path) -> None:
         """Write `uploads_NAME.npy` for each order into an existing folder; the times are the videos' own array."""
         for name in _SAVED:
@@ -65,3 +84,16 @@ class Uploads:
         """Memory-map what `save` wrote."""
         mapped = {name: np.load(folder / f"uploads_{name}.npy", mmap_mode="r", allow_pickle=False) for name in _SAVED}
         return cls(**{name: np.asarray(array) for name, array in mapped.items()}, upload_ts_ms=upload_ts_ms)
+
+
+def first_allowed(order: np.ndarray, allowed: RowSet, k: int) -> np.ndarray:
+    """Places in `order` of its first k allowed rows."""
+    found: list[np.ndarray] = []
+    missing = k
+    for start in range(0, len(order), _STEP):
+        if missing <= 0:
+            break
+        places = start + np.flatnonzero(allowed.has(order[start : start + _STEP]))[:missing]
+        found.append(places)
+        missing -= len(places)
+    return np.concatenate(found) if found else np.zeros(0, np.int64)

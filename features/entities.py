@@ -7,8 +7,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
+
+
+class ByRow(Protocol):
+    """Values by row: an array, or what gives one for each list of rows."""
+
+    def __getitem__(self, rows: Any, /) -> Any: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +31,19 @@ class SparseColumns:
         position = self.names.index(name)
         start = sum(self.widths[:position])
         return slice(start, start + self.widths[position])
+
+
+class Encoded(Protocol):
+    """What `features.inputs.assemble` gathers from: `Entities`, or a catalogue that grows."""
+
+    @property
+    def sparse(self) -> ByRow: ...
+
+    @property
+    def dense(self) -> ByRow: ...
+
+    @property
+    def columns(self) -> SparseColumns: ...
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from features.entities import Entities, SparseColumns
+from features.entities import Encoded, Entities, SparseColumns
 from features.history import HistoryWindow, unpack_signals
 
 
@@ -86,7 +86,7 @@ def assemble(
     surface_B: np.ndarray,
     now_ms_B: np.ndarray,
     history: HistoryWindow,
-    videos: Entities,
+    videos: Encoded,
     candidate_rows_N: np.ndarray,
     owner_N: np.ndarray,
     candidate_counters_NC: np.ndarray,

@@ -246,6 +246,33 @@ def feed(
     print_feed(address, user, k, surface, now_ms, viewer)
 
 
+@app.command()
+def upload(
+    videos: Annotated[Path, typer.Argument(help="Parquet file of canonical videos.", show_default=False)],
+    address: Annotated[str, typer.Option(help="Where `reelrank serve` listens.")] = "127.0.0.1:50051",
+) -> None:
+    """Send videos to a running server: each may be shown from its acknowledgement on. Sending them again is safe."""
+    from pipelines.console import Stages
+    from pipelines.upload import upload as send
+
+    outcome, left_out = send(videos, address, Stages())
+    typer.echo(f"{outcome.added:,} new videos, {outcome.replaced:,} known ones replaced, {left_out.total():,} left out")
+    if left_out:
+        raise typer.Exit(EXIT_INPUT)
+
+
+@app.command()
+def remove(
+    ids: Annotated[list[int], typer.Argument(help="Video ids; negative ones after `--`.", show_default=False)],
+    address: Annotated[str, typer.Option(help="Where `reelrank serve` listens.")] = "127.0.0.1:50051",
+) -> None:
+    """Remove videos from a running server: none is shown to any request after this returns."""
+    from pipelines.upload import remove as send
+
+    outcome = send(ids, address)
+    typer.echo(f"{outcome.removed:,} videos removed, {outcome.unknown:,} not known (and kept out from now on)")
+
+
 @app.command(name="export-events")
 def export_events(
     store: Annotated[Path, typer.Option("--store", help="The store that `reelrank serve` writes.")],

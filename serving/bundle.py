@@ -1,7 +1,8 @@
 """One version of the feed in memory: towers, ranker, index, features, histories, sources and configuration together.
 
 `write_bundle` lays the folder out, `FeedBundle.load` opens a verified one. Arrays are memory-mapped and by row (V
-videos and U users, row 0 unknown); nothing in a loaded bundle ever changes, so threads share it.
+videos and U users, row 0 unknown); nothing in a loaded bundle ever changes, so threads share it. `serving.live` makes
+of it one that takes uploads, by exchanging the columns of videos, the rules and the channels.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import json
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
+from datetime import datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,18 +21,19 @@ import pyarrow as pa
 from candidate_gen.allowed import Eligibility
 from candidate_gen.index import VideoIndex
 from candidate_gen.infer import Towers
-from candidate_gen.sources import Source
-from candidate_gen.uploads import Uploads
+from candidate_gen.sources import Source, UploadOrders
 from features.artifacts import Bundle
 from features.dataset import Dataset
 from features.eligibility import Attributes
-from features.entities import Entities
+from features.entities import ByRow, Entities
 from features.history import HistoryLog
 from features.schema import LIMITS
 from features.transforms import Encoder
 from ranking.infer import Ranker
+from serving.catalogue import Catalogue, LiveAttributes, LiveVideos
 from serving.channels import open_channels, write_channels
 from serving.config import FeedConfig
+from serving.live_channels import LiveEligibility
 
 T = TypeVar("T", Entities, HistoryLog)
 LAYOUT = 3
@@ -45,36 +48,44 @@ class FeedBundle:
     config: FeedConfig
     encoder: Encoder
     users: Entities
-    videos: Entities
+    videos: Entities | LiveVideos
+    ids_by_row: np.ndarray
+    """(V,) int64; row 0 is nobody's, whatever stands there."""
     user_counters: np.ndarray
-    video_counters: np.ndarray
+    video_counters: ByRow
     history: HistoryLog
     follows_start: np.ndarray
     """(U+2,) int64: user row u follows follows_author[start[u]:start[u+1]]."""
     follows_author: np.ndarray
-    upload_ts_ms: np.ndarray
-    author_id: np.ndarray
+    upload_ts_ms: ByRow
+    author_id: ByRow
     """(V,) int64, 0 where not known."""
-    eligible: np.ndarray
-    attributes: Attributes
+    eligible: ByRow
+    attributes: Attributes | LiveAttributes
     """Whom each video may be shown to."""
-    duration_ms: np.ndarray
+    duration_ms: ByRow
     """(V,) int64, 0 where not known."""
+    vectors: ByRow
+    """(V, D) of the video tower, as the index keeps them."""
     towers: Towers
     ranker: Ranker
     index: VideoIndex
     sources: tuple[Source, ...]
-    uploads: Uploads
-    eligibility: Eligibility
-    n_eligible: int
+    uploads: UploadOrders
+    eligibility: Eligibility | LiveEligibility
+    created_ms: int
+    """When it was published."""
+    catalogue: Catalogue | None = None
+    """Of uploads since; None where there are none to come."""
 
     @classmethod
     def load(cls, bundle: Bundle, *, scan_on: str | None = None) -> FeedBundle:
         """Open a bundle whose every byte the registry has verified; `scan_on`: see `VideoIndex`."""
-        return cls.open(bundle.folder, bundle.version, scan_on=scan_on)
+        created_ms = round(datetime.fromisoformat(bundle.created).timestamp() * 1000)
+        return cls.open(bundle.folder, bundle.version, created_ms, scan_on=scan_on)
 
     @classmethod
-    def open(cls, folder: Path, version: str, *, scan_on: str | None = None) -> FeedBundle:
+    def open(cls, folder: Path, version: str, created_ms: int = 0, *, scan_on: str | None = None) -> FeedBundle:
         """Open a folder as `write_bundle` left it; serving uses `load`, which only takes verified bundles."""
 
         def array(name: str) -> np.ndarray:
@@ -96,6 +107,7 @@ class FeedBundle:
             encoder=encoder,
             users=users,
             videos=videos,
+            ids_by_row=_ids_by_row(folder / "videos" / "videos_ids.npy"),
             user_counters=array("users/counters_user"),
             video_counters=array("videos/counters_video"),
             history=_plain(HistoryLog.load(folder / "history")),
@@ -106,13 +118,14 @@ class FeedBundle:
             eligible=eligible,
             attributes=attributes,
             duration_ms=array("videos/videos_duration_ms"),
+            vectors=index.vectors,
             towers=Towers.load(folder / "towers"),
             ranker=Ranker.load(folder / "ranker"),
             index=index,
             sources=channels.sources,
             uploads=channels.uploads,
             eligibility=channels.eligibility,
-            n_eligible=int(eligible.sum()),
+            created_ms=created_ms,
         )
         loaded.check()
         return loaded
@@ -142,9 +155,27 @@ class FeedBundle:
         """The last instant the histories know of; 0 when no event is dated."""
         return int(self.history.ts_ms.max(initial=0))
 
+    @property
+    def known_until_ms(self) -> int:
+        """Of what was said of videos up to here, the bundle knows: its logs reach so far, and they were there before
+        it was published (events may be dated ahead of any clock)."""
+        return min(self.newest_event_ms, self.created_ms)
+
+    @property
+    def changes(self) -> int:
+        """Two equal readings say that no upload or removal became visible between them."""
+        return 0 if self.catalogue is None else self.catalogue.changes
+
     def follows_of(self, user_row: int) -> np.ndarray:
         """Authors a user followed when the bundle was made; nobody for row 0."""
         return np.asarray(self.follows_author[self.follows_start[user_row] : self.follows_start[user_row + 1]])
+
+
+def _ids_by_row(path: Path) -> np.ndarray:
+    """The file's ids from row 1 on, mapped: row 0 is the last eight bytes of the header, which costs no copy."""
+    mapped = np.load(path, mmap_mode="r", allow_pickle=False)
+    shape = (len(mapped) + 1,)
+    return np.asarray(np.memmap(path, mapped.dtype, "r", offset=mapped.offset - mapped.dtype.itemsize, shape=shape))
 
 
 def _plain(mapped: T) -> T:

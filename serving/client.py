@@ -13,7 +13,16 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from features.eligibility import Viewer
 from serving import wire
-from serving.messages import CandidatesResponse, Event, FeedResponse, LogOutcome, RankedResponse
+from serving.messages import (
+    CandidatesResponse,
+    Event,
+    FeedResponse,
+    LogOutcome,
+    RankedResponse,
+    RemoveOutcome,
+    UpsertOutcome,
+    Video,
+)
 from serving.protos.reelrank.v1 import feed_pb2 as pb
 from serving.protos.reelrank.v1 import feed_pb2_grpc
 
@@ -97,6 +106,18 @@ class FeedClient:
         request = pb.LogEventsRequest(events=[wire.write_event(event) for event in events])
         message = self._stub.LogEvents(request, timeout=timeout_s or self._timeout_s)
         return LogOutcome(message.stored, message.merged, message.conflicting)
+
+    def upsert_videos(self, videos: Iterable[Video], *, timeout_s: float | None = None) -> UpsertOutcome:
+        """Returns once the videos are durable and may be shown; sending them again is safe."""
+        request = pb.UpsertVideosRequest(videos=[wire.write_video(video) for video in videos])
+        message = self._stub.UpsertVideos(request, timeout=timeout_s or self._timeout_s)
+        return UpsertOutcome(message.added, message.replaced)
+
+    def remove_videos(self, video_ids: Iterable[int], *, timeout_s: float | None = None) -> RemoveOutcome:
+        """Returns once no request that starts is shown one of them; sending them again is safe."""
+        request = pb.RemoveVideosRequest(video_ids=video_ids)
+        message = self._stub.RemoveVideos(request, timeout=timeout_s or self._timeout_s)
+        return RemoveOutcome(message.removed, message.unknown)
 
     def serving(self, *, timeout_s: float | None = None) -> bool:
         """What the health service says."""

@@ -214,7 +214,7 @@ class Feed:
             slate = fill_slots(
                 scored.value_K,
                 self.bundle.author_id[scored.pool.rows_K],
-                self.bundle.index.vectors[scored.pool.rows_K],
+                self.bundle.vectors[scored.pool.rows_K],
                 config if request.explore else replace(config, explore=False),
                 request.k,
                 np.random.default_rng(xxhash.xxh64_intdigest(request.request_id.encode())),
@@ -225,7 +225,7 @@ class Feed:
 
     def _respond(self, query: Query, scored: Scored, slate: Slate, request: FeedRequest, trace: Trace) -> FeedResponse:
         with trace.stage("respond") as stage:
-            items = tuple(self._item(scored, slot, int(at), slate) for slot, at in enumerate(slate.order_S))
+            items = self._items(scored, slate)
             policy_id = self._policy_id(request, trace.level)
             if items:
                 self.store.log_served([self._served_row(item, query, request, policy_id) for item in items])
@@ -250,23 +250,12 @@ class Feed:
             stages=tuple(trace.stages),
         )
 
-    def _item(self, scored: Scored, slot: int, at: int, slate: Slate) -> ServedItem:
-        pool, scores = scored.pool, scored.scores
-        row = int(pool.rows_K[at])
-        return ServedItem(
-            video_id=int(self.bundle.videos.ids[row - 1]),
-            author_id=int(self.bundle.author_id[row]),
-            slot=slot,
-            sources=_sources(pool, at),
-            reason=pool.reason(at),
-            connected=bool(pool.connected_K[at]),
-            retrieval_score=float(pool.score_K[at]),
-            scores=() if scores is None else tuple(scores.probability_NT[at].tolist()),
-            predicted_watch_ms=0.0 if scores is None else float(scores.watch_ms_N[at]),
-            value=float(scored.value_K[at]),
-            value_terms={name: float(term_K[at]) for name, term_K in scored.term_K.items()},
-            propensity=float(slate.propensity_S[slot]),
-            duration_ms=int(self.bundle.duration_ms[row]),
+    def _items(self, scored: Scored, slate: Slate) -> tuple[ServedItem, ...]:
+        rows_S, bundle = scored.pool.rows_K[slate.order_S], self.bundle
+        described = (bundle.videos.ids_of(rows_S), bundle.author_id[rows_S], bundle.duration_ms[rows_S])
+        return tuple(
+            _item(scored, slot, int(at), slate, *what)
+            for slot, (at, *what) in enumerate(zip(slate.order_S, *(a.tolist() for a in described), strict=True))
         )
 
     def _served_row(self, item: ServedItem, query: Query, request: FeedRequest, policy_id: str) -> ServedRow:
@@ -289,6 +278,27 @@ class Feed:
         greedy = "" if request.explore else "/greedy"
         lower = "" if level == Level.FULL else f"/{level.name.lower()}"
         return self._policy + greedy + lower
+
+
+def _item(
+    scored: Scored, slot: int, at: int, slate: Slate, video_id: int, author_id: int, duration_ms: int
+) -> ServedItem:
+    pool, scores = scored.pool, scored.scores
+    return ServedItem(
+        video_id=video_id,
+        author_id=author_id,
+        slot=slot,
+        sources=_sources(pool, at),
+        reason=pool.reason(at),
+        connected=bool(pool.connected_K[at]),
+        retrieval_score=float(pool.score_K[at]),
+        scores=() if scores is None else tuple(scores.probability_NT[at].tolist()),
+        predicted_watch_ms=0.0 if scores is None else float(scores.watch_ms_N[at]),
+        value=float(scored.value_K[at]),
+        value_terms={name: float(term_K[at]) for name, term_K in scored.term_K.items()},
+        propensity=float(slate.propensity_S[slot]),
+        duration_ms=duration_ms,
+    )
 
 
 def _sources(pool: Pool, item: int) -> tuple[str, ...]:

@@ -26,6 +26,8 @@ class Rules:
     excluded_rows: np.ndarray
     blocked_authors: np.ndarray
     viewer: Viewer
+    changes: int
+    """Of the bundle's videos, before any of them was looked at."""
 
     @classmethod
     def of(
@@ -37,9 +39,10 @@ class Rules:
         viewer: Viewer,
     ) -> Rules:
         """`viewer` is what the request says; the rest is the bundle's `filters.viewer`."""
+        changes = bundle.changes
         excluded = np.unique(bundle.videos.rows_of(excluded_video_ids))
         known = viewer.or_else(bundle.config.filters.viewer)
-        return cls(bundle, query, excluded[excluded > 0], np.unique(blocked_authors), known)
+        return cls(bundle, query, excluded[excluded > 0], np.unique(blocked_authors), known, changes)
 
     @property
     def oldest_ms(self) -> int | None:
@@ -58,7 +61,7 @@ class Rules:
         blocked = self.bundle.uploads.of(self.blocked_authors)
         allowed, (seen, excluded, own, blocked) = shared.without(self.seen_rows, self.excluded_rows, own, blocked)
         removed = {
-            "ineligible": len(self.bundle.videos) - self.bundle.n_eligible,
+            "ineligible": len(self.bundle.videos) - self.bundle.eligibility.n_eligible,
             **shared.removed,
             "seen": seen,
             "excluded": excluded,

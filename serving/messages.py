@@ -142,3 +142,42 @@ class LogOutcome:
     stored: int
     merged: int
     conflicting: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Video:
+    """A row of the canonical `videos` table; None is not known."""
+
+    video_id: int
+    author_id: int | None = None
+    upload_ts_ms: int | None = None
+    duration_ms: int | None = None
+    columns: dict[str, str] = field(default_factory=dict)
+    """Further columns of the canonical table by name, integers in decimal."""
+    tags: tuple[int, ...] = ()
+    content: np.ndarray | None = None
+    """(D,) float32."""
+    eligible: bool = True
+    regions: tuple[str, ...] = ()
+    """Empty: everywhere."""
+    language: str | None = None
+    min_age: int | None = None
+    safety_level: int | None = None
+    available_from_ms: int | None = None
+    available_until_ms: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class UpsertOutcome:
+    """What became of a list of uploads."""
+
+    added: int
+    replaced: int
+
+
+@dataclass(frozen=True, slots=True)
+class RemoveOutcome:
+    """What became of a list of removals."""
+
+    removed: int
+    unknown: int

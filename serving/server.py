@@ -13,7 +13,7 @@ import signal
 import sqlite3
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -24,6 +24,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from candidate_gen.index.device import is_cpu, resolve
+from candidate_gen.live import LiveConfig
 from features.artifacts import Registry
 from serving import wire
 from serving.feed import Feed
@@ -54,10 +55,14 @@ class ServerConfig:
     """What --device says: on a GPU searches scan all vectors in its memory, and are exact. Models stay on the CPU."""
     max_in_flight: int = 64
     """Calls beyond this many are refused at once with RESOURCE_EXHAUSTED."""
+    max_changes_waiting: int = 16
+    """Uploads and removals beyond this many are refused too, so that they leave calls in flight to the pages."""
     default_deadline_ms: float = 1_000.0
     """For clients that set none."""
     longest_deadline_ms: float = 10_000.0
     """Longer ones are cut to it."""
+    live: LiveConfig = field(default_factory=lambda: LiveConfig(flush=False))
+    """When uploads are moved into an index of their own. The store is what survives a crash, so nothing is flushed."""
     poll_s: float = 1.0
     """How often LIVE is looked at."""
     drain_notice_s: float = 1.0
@@ -67,11 +72,13 @@ class ServerConfig:
 
 
 class FeedServicer(feed_pb2_grpc.FeedServiceServicer):
-    """The four calls; every error that is the caller's names the field."""
+    """The six calls; every error that is the caller's names the field."""
 
     def __init__(self, live: LiveFeed, store: SqliteStore, config: ServerConfig) -> None:
         self._live, self._store, self._config = live, store, config
         self._workers = ThreadPoolExecutor(config.threads, "feed", initializer=_one_core_each)
+        self._uploader = ThreadPoolExecutor(1, "uploads", initializer=_one_core_each)
+        self._changes_waiting = 0
 
     async def GetFeed(self, request: feed_pb2.GetFeedRequest, context: Any) -> feed_pb2.GetFeedResponse:
         def work(feed: Feed, deadline: Deadline) -> feed_pb2.GetFeedResponse:
@@ -103,9 +110,37 @@ class FeedServicer(feed_pb2_grpc.FeedServiceServicer):
         except Exception as error:
             await _abort(context, error)
 
+    async def UpsertVideos(self, request: feed_pb2.UpsertVideosRequest, context: Any) -> feed_pb2.UpsertVideosResponse:
+        def work() -> feed_pb2.UpsertVideosResponse:
+            outcome = self._live.upsert([wire.read_video(message) for message in request.videos])
+            return feed_pb2.UpsertVideosResponse(added=outcome.added, replaced=outcome.replaced)
+
+        return await self._change(work, context)
+
+    async def RemoveVideos(self, request: feed_pb2.RemoveVideosRequest, context: Any) -> feed_pb2.RemoveVideosResponse:
+        def work() -> feed_pb2.RemoveVideosResponse:
+            outcome = self._live.remove(request.video_ids)
+            return feed_pb2.RemoveVideosResponse(removed=outcome.removed, unknown=outcome.unknown)
+
+        return await self._change(work, context)
+
     def close(self) -> None:
         """Let running computations end."""
+        self._uploader.shutdown()
         self._workers.shutdown()
+
+    async def _change(self, work: Callable[[], Any], context: Any) -> Any:
+        """Uploads and removals one after another, on a thread of their own: no page waits behind a thousand uploads."""
+        self._changes_waiting += 1
+        try:
+            if self._changes_waiting > self._config.max_changes_waiting:
+                most = self._config.max_changes_waiting
+                raise StoreBusyError(f"{most} uploads and removals are waiting: send the same again later")
+            return await asyncio.get_running_loop().run_in_executor(self._uploader, work)
+        except Exception as error:
+            await _abort(context, error)
+        finally:
+            self._changes_waiting -= 1
 
     async def _compute(self, work: Callable[[Feed, Deadline], Any], context: Any) -> Any:
         """Run on a worker thread with one feed; the deadline counts from the call's arrival, queueing included."""
@@ -128,7 +163,7 @@ async def _abort(context: Any, error: Exception) -> NoReturn:
     if isinstance(error, StoreBusyError):
         await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, f"overload: {error}")
     if isinstance(error, sqlite3.Error):
-        await context.abort(grpc.StatusCode.UNAVAILABLE, "the event log cannot be written; nothing was acknowledged")
+        await context.abort(grpc.StatusCode.UNAVAILABLE, "the store cannot be written; nothing was acknowledged")
     _log.error("a request failed", exc_info=error)
     await context.abort(grpc.StatusCode.INTERNAL, f"{type(error).__name__}; the server's log has the details")
     raise error
@@ -162,7 +197,8 @@ class FeedServer:
         device = resolve(self.config.device)
         self.store = SqliteStore(store)
         try:
-            self.live = LiveFeed(Registry(registry), self.store, None if is_cpu(device) else device)
+            scan_on = None if is_cpu(device) else device
+            self.live = LiveFeed(Registry(registry), self.store, self.config.live, scan_on)
         except Exception:
             self.store.close()
             raise
@@ -192,6 +228,7 @@ class FeedServer:
         self._poller.cancel()
         await self._server.stop(self.config.drain_grace_s)
         await asyncio.to_thread(self._servicer.close)
+        await asyncio.to_thread(self.live.close)
         await asyncio.to_thread(self.store.close)
 
     async def _say(self, status: Any) -> None:

@@ -1,8 +1,9 @@
 """Live events: what users did since the bundle was made, durable, merged into the next request's history.
 
-`SqliteStore` keeps one row an impression under (request_id, slot) and every served slate beside it. One writer thread
-commits whatever is waiting in one transaction (WAL, synchronous=FULL): an acknowledged event survives a killed
-process and a power cut. Requests never read the database: a user's recent events and seen videos lie in memory.
+`SqliteStore` keeps one row an impression under (request_id, slot), every served slate beside it, and what was uploaded
+and removed (`serving.upload_store`). One writer thread commits whatever is waiting in one transaction (WAL,
+synchronous=FULL): what is acknowledged survives a killed process and a power cut. Requests never read the database: a
+user's recent events and seen videos lie in memory.
 """
 
 from __future__ import annotations
@@ -13,17 +14,19 @@ import logging
 import queue
 import sqlite3
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol, TextIO
+from typing import Any, Protocol, TextIO
 
 import numpy as np
 
 from features.history import watch_fraction
 from features.schema import SIGNALS
+from serving import upload_store
 from serving.messages import Event, LogOutcome
+from serving.upload_store import Change, Said
 
 _log = logging.getLogger(__name__)
 
@@ -103,7 +106,9 @@ class StoreBusyError(RuntimeError):
 class _Write:
     served: tuple[ServedRow, ...] = ()
     events: tuple[Event, ...] = ()
-    done: Future[LogOutcome] = field(default_factory=Future)
+    said: Said | None = None
+    forgotten: tuple[int, ...] = ()
+    done: Future[Any] = field(default_factory=Future)
 
 
 class SqliteStore:
@@ -112,10 +117,12 @@ class SqliteStore:
     def __init__(self, path: Path, config: StoreConfig | None = None) -> None:
         self.config = config or StoreConfig()
         self.served_dropped = 0
+        self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
         self._lock = _lock(path)
         self._waiting: queue.Queue[_Write | None] = queue.Queue(self.config.max_waiting)
         database = _connect(path)
+        self._number = upload_store.last_number(database)
         self._users = _all_users(database, self.config.recent_events)
         self._writer = threading.Thread(target=self._write, args=(database,), name="store-writer", daemon=True)
         self._writer.start()
@@ -126,12 +133,19 @@ class SqliteStore:
 
     def log_events(self, events: Sequence[Event]) -> Future[LogOutcome]:
         """Done once the events are on disk and in `user`; raises StoreBusyError when the writer is too far behind."""
-        write = _Write(events=tuple(events))
-        try:
-            self._waiting.put_nowait(write)
-        except queue.Full:
-            raise StoreBusyError(f"{self.config.max_waiting} writes are waiting: send the events again later") from None
-        return write.done
+        return self._submit(_Write(events=tuple(events)))
+
+    def keep(self, said: Said) -> Future[int]:
+        """Done, with the number of the last change, once uploads or removals are on disk; raises StoreBusyError."""
+        return self._submit(_Write(said=said))
+
+    def forget(self, numbers: Sequence[int]) -> Future[None]:
+        """Drop changes that no bundle to come will miss."""
+        return self._submit(_Write(forgotten=tuple(numbers)))
+
+    def changes(self, after: int) -> Iterator[Change]:
+        """What is on disk of uploads and removals beyond a number: each video's last state, in order."""
+        return upload_store.changes(self.path, after)
 
     def log_served(self, rows: Sequence[ServedRow]) -> None:
         """Written in order with the events, so a slate is on disk no later than an event that answers it."""
@@ -140,6 +154,13 @@ class SqliteStore:
         except queue.Full:
             self.served_dropped += 1
             _log.warning("a slate was not logged: %d writes are waiting", self.config.max_waiting)
+
+    def _submit(self, write: _Write) -> Future[Any]:
+        try:
+            self._waiting.put_nowait(write)
+        except queue.Full:
+            raise StoreBusyError(f"{self.config.max_waiting} writes are waiting: send the same again later") from None
+        return write.done
 
     def close(self) -> None:
         """Write what waits, then stop."""
@@ -158,9 +179,15 @@ class SqliteStore:
         database.close()
 
     def _commit(self, database: sqlite3.Connection, batch: list[_Write]) -> None:
+        outcomes, number = [], self._number
         try:
             with database:
-                outcomes = [_insert(database, write) for write in batch]
+                for write in batch:
+                    outcome = _insert(database, write)
+                    if write.said is not None:
+                        outcome = number = upload_store.insert(database, write.said, number)
+                    outcomes.append(outcome)
+            self._number = number
             for user_id in {event.user_id for write in batch for event in write.events}:
                 self._users[user_id] = _one_user(database, user_id, self.config.recent_events)
         except sqlite3.Error as error:
@@ -202,7 +229,7 @@ def _connect(path: Path) -> sqlite3.Connection:
     database = sqlite3.connect(path, check_same_thread=False)
     database.execute("PRAGMA journal_mode=WAL")
     database.execute("PRAGMA synchronous=FULL")
-    database.executescript(_SCHEMA)
+    database.executescript(_SCHEMA + upload_store.SCHEMA)
     return database
 
 
@@ -223,6 +250,7 @@ def _insert(database: sqlite3.Connection, write: _Write) -> LogOutcome:
         "INSERT OR IGNORE INTO served VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
         [tuple(getattr(row, name) for name in ServedRow.__slots__) for row in write.served],
     )
+    upload_store.forget(database, write.forgotten)
     stored = merged = conflicting = 0
     for event in write.events:
         key = (event.request_id, event.slot)

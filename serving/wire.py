@@ -16,6 +16,7 @@ from serving.messages import (
     RankedResponse,
     ServedItem,
     StageStats,
+    Video,
 )
 from serving.protos.reelrank.v1 import feed_pb2 as pb
 
@@ -72,6 +73,35 @@ def write_event(event: Event) -> pb.Event:
     for signal, given in event.signals.items():
         setattr(message, signal, given)
     return message
+
+
+_OPTIONAL = ("author_id", "upload_ts_ms", "duration_ms", "language", "min_age", "safety_level", "available_from_ms",
+             "available_until_ms")  # fmt: skip
+"""Fields of a video that may be unknown."""
+
+
+def read_video(message: pb.Video) -> Video:
+    return Video(
+        video_id=message.video_id,
+        columns=dict(message.columns),
+        tags=tuple(message.tags),
+        content=np.array(message.content, np.float32) if message.content else None,
+        eligible=message.eligible if message.HasField("eligible") else True,
+        regions=tuple(message.regions),
+        **{name: getattr(message, name) for name in _OPTIONAL if message.HasField(name)},
+    )
+
+
+def write_video(video: Video) -> pb.Video:
+    return pb.Video(
+        video_id=video.video_id,
+        columns=video.columns,
+        tags=video.tags,
+        content=() if video.content is None else video.content.tolist(),
+        eligible=video.eligible,
+        regions=video.regions,
+        **{name: getattr(video, name) for name in _OPTIONAL},
+    )
 
 
 def write_feed_response(response: FeedResponse) -> pb.GetFeedResponse:

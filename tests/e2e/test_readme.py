@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 
 from pipelines.recipes import RECIPES
@@ -90,6 +91,15 @@ def test_the_python_of_the_readme_runs(address: str, capsys: pytest.CaptureFixtu
     (block,) = blocks("python")
     exec(block.replace("127.0.0.1:50051", address), {})  # noqa: S102 - the block under test
     assert len(capsys.readouterr().out.splitlines()) == 10
+
+
+def test_videos_are_sent_to_the_server_and_removed_from_it(demo: Path, address: str):
+    path = demo / "canonical" / "videos.parquet"
+    n, some = pq.ParquetFile(path).metadata.num_rows, pq.read_table(path, columns=["video_id"])["video_id"][0].as_py()
+    sent = reelrank(["upload", str(path), "--address", address])
+    assert (sent.returncode, sent.stdout) == (0, f"0 new videos, {n:,} known ones replaced, 0 left out\n"), sent.stderr
+    gone = reelrank(["remove", "--address", address, "--", str(some)])
+    assert (gone.returncode, gone.stdout.split(",")[0]) == (0, "1 videos removed"), gone.stderr
 
 
 def test_replay_answers_or_refuses_with_its_exit_code(demo: Path):

@@ -9,7 +9,21 @@ from pathlib import Path
 
 import pytest
 
-COMMANDS = ["demo", "run", "ingest", "train", "index", "evaluate", "publish", "rollback", "serve", "feed", "replay"]
+COMMANDS = [
+    "demo",
+    "run",
+    "ingest",
+    "train",
+    "index",
+    "evaluate",
+    "publish",
+    "rollback",
+    "serve",
+    "feed",
+    "replay",
+    "upload",
+    "remove",
+]
 COMMANDS += ["sequential", "report", "recipes", "doctor"]
 
 
@@ -33,6 +47,9 @@ def test_help_lists_every_command():
         (["train", "--run", "{tmp}"], 2, "is not a run folder"),
         (["rollback", "--registry", "{tmp}"], 1, "ArtifactError"),
         (["feed", "--user", "1", "--address", "127.0.0.1:1"], 1, "UNAVAILABLE"),
+        (["upload", "/nonexistent.parquet"], 2, "is not there"),
+        (["remove", "1", "--address", "127.0.0.1:1"], 1, "UNAVAILABLE"),
+        (["remove", str(2**63)], 2, "9223372036854775808"),
         (["demo", "--scale", "huge"], 2, "give one of tiny, smoke"),
         (["index", "build", "--run", "{tmp}"], 2, "is not a run folder"),
         (["index", "build", "--run", "{tmp}", "--device", "cuda:99"], 2, "--device cuda:99: torch"),

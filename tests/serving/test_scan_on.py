@@ -5,13 +5,14 @@ from __future__ import annotations
 import numpy as np
 
 from features.artifacts import Registry
+from serving.feed import Feed
 from serving.messages import FeedRequest, Level
 from serving.store import NoStore
-from serving.swap import load_feed
+from serving.swap import load_bundle
 
 
 def test_a_bundle_is_checked_as_it_was_published_and_then_searched_exactly(world):
-    feed = load_feed(Registry(world.registry), NoStore(), "v1", scan_on="cpu")
+    feed = Feed(load_bundle(Registry(world.registry), "v1", scan_on="cpu"), NoStore())
     index = feed.bundle.index
     query_D = np.random.default_rng().normal(size=index.dim).astype(np.float32)
     rows = np.flatnonzero(np.unpackbits(index.everything.bits, bitorder="little"))

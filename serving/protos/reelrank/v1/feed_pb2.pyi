@@ -257,3 +257,70 @@ class LogEventsResponse(_message.Message):
     merged: int
     conflicting: int
     def __init__(self, stored: _Optional[int] = ..., merged: _Optional[int] = ..., conflicting: _Optional[int] = ...) -> None: ...
+
+class Video(_message.Message):
+    __slots__ = ("video_id", "author_id", "upload_ts_ms", "duration_ms", "columns", "tags", "content", "eligible", "regions", "language", "min_age", "safety_level", "available_from_ms", "available_until_ms")
+    class ColumnsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: str
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
+    VIDEO_ID_FIELD_NUMBER: _ClassVar[int]
+    AUTHOR_ID_FIELD_NUMBER: _ClassVar[int]
+    UPLOAD_TS_MS_FIELD_NUMBER: _ClassVar[int]
+    DURATION_MS_FIELD_NUMBER: _ClassVar[int]
+    COLUMNS_FIELD_NUMBER: _ClassVar[int]
+    TAGS_FIELD_NUMBER: _ClassVar[int]
+    CONTENT_FIELD_NUMBER: _ClassVar[int]
+    ELIGIBLE_FIELD_NUMBER: _ClassVar[int]
+    REGIONS_FIELD_NUMBER: _ClassVar[int]
+    LANGUAGE_FIELD_NUMBER: _ClassVar[int]
+    MIN_AGE_FIELD_NUMBER: _ClassVar[int]
+    SAFETY_LEVEL_FIELD_NUMBER: _ClassVar[int]
+    AVAILABLE_FROM_MS_FIELD_NUMBER: _ClassVar[int]
+    AVAILABLE_UNTIL_MS_FIELD_NUMBER: _ClassVar[int]
+    video_id: int
+    author_id: int
+    upload_ts_ms: int
+    duration_ms: int
+    columns: _containers.ScalarMap[str, str]
+    tags: _containers.RepeatedScalarFieldContainer[int]
+    content: _containers.RepeatedScalarFieldContainer[float]
+    eligible: bool
+    regions: _containers.RepeatedScalarFieldContainer[str]
+    language: str
+    min_age: int
+    safety_level: int
+    available_from_ms: int
+    available_until_ms: int
+    def __init__(self, video_id: _Optional[int] = ..., author_id: _Optional[int] = ..., upload_ts_ms: _Optional[int] = ..., duration_ms: _Optional[int] = ..., columns: _Optional[_Mapping[str, str]] = ..., tags: _Optional[_Iterable[int]] = ..., content: _Optional[_Iterable[float]] = ..., eligible: _Optional[bool] = ..., regions: _Optional[_Iterable[str]] = ..., language: _Optional[str] = ..., min_age: _Optional[int] = ..., safety_level: _Optional[int] = ..., available_from_ms: _Optional[int] = ..., available_until_ms: _Optional[int] = ...) -> None: ...
+
+class UpsertVideosRequest(_message.Message):
+    __slots__ = ("videos",)
+    VIDEOS_FIELD_NUMBER: _ClassVar[int]
+    videos: _containers.RepeatedCompositeFieldContainer[Video]
+    def __init__(self, videos: _Optional[_Iterable[_Union[Video, _Mapping]]] = ...) -> None: ...
+
+class UpsertVideosResponse(_message.Message):
+    __slots__ = ("added", "replaced")
+    ADDED_FIELD_NUMBER: _ClassVar[int]
+    REPLACED_FIELD_NUMBER: _ClassVar[int]
+    added: int
+    replaced: int
+    def __init__(self, added: _Optional[int] = ..., replaced: _Optional[int] = ...) -> None: ...
+
+class RemoveVideosRequest(_message.Message):
+    __slots__ = ("video_ids",)
+    VIDEO_IDS_FIELD_NUMBER: _ClassVar[int]
+    video_ids: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, video_ids: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class RemoveVideosResponse(_message.Message):
+    __slots__ = ("removed", "unknown")
+    REMOVED_FIELD_NUMBER: _ClassVar[int]
+    UNKNOWN_FIELD_NUMBER: _ClassVar[int]
+    removed: int
+    unknown: int
+    def __init__(self, removed: _Optional[int] = ..., unknown: _Optional[int] = ...) -> None: ...

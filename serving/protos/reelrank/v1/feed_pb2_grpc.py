@@ -54,6 +54,16 @@ class FeedServiceStub:
                 request_serializer=serving_dot_protos_dot_reelrank_dot_v1_dot_feed__pb2.LogEventsRequest.SerializeToString,
                 response_deserializer=serving_dot_protos_dot_reelrank_dot_v1_dot_feed__pb2.LogEventsResponse.FromString,
                 _registered_method=True)
+        self.UpsertVideos = channel.unary_unary(
+                '/reelrank.v1.FeedService/UpsertVideos',
+                request_serializer=serving_dot_protos_dot_reelrank_dot_v1_dot_feed__pb2.UpsertVideosRequest.SerializeToString,
+                response_deserializer=serving_dot_protos_dot_reelrank_dot_v1_dot_feed__pb2.UpsertVideosResponse.FromString,
+                _registered_method=True)
+        self.RemoveVideos = channel.unary_unary(
+                '/reelrank.v1.FeedService/RemoveVideos',
+                request_serializer=serving_dot_protos_dot_reelrank_dot_v1_dot_feed__pb2.RemoveVideosRequest.SerializeToString,
+                response_deserializer=serving_dot_protos_dot_reelrank_dot_v1_dot_feed__pb2.RemoveVideosResponse.FromString,
+                _registered_method=True)
 
 
 class FeedServiceServicer:
@@ -87,6 +97,21 @@ class FeedServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def UpsertVideos(self, request, context):
+        """Videos that came, or came again: what was known of them is replaced. Acknowledged once they are durable and every
+        request that starts can be shown them.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RemoveVideos(self, request, context):
+        """Videos that went: acknowledged once that is durable and no request that starts is shown one of them.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_FeedServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -109,6 +134,16 @@ def add_FeedServiceServicer_to_server(servicer, server):
                     servicer.LogEvents,
                     request_deserializer=serving_dot_protos_dot_reelrank_dot_v1_dot_feed__pb2.LogEventsRequest.FromString,
                     response_serializer=serving_dot_protos_dot_reelrank_dot_v1_dot_feed__pb2.LogEventsResponse.SerializeToString,
+            ),
+            'UpsertVideos': grpc.unary_unary_rpc_method_handler(
+                    servicer.UpsertVideos,
+                    request_deserializer=serving_dot_protos_dot_reelrank_dot_v1_dot_feed__pb2.UpsertVideosRequest.FromString,
+                    response_serializer=serving_dot_protos_dot_reelrank_dot_v1_dot_feed__pb2.UpsertVideosResponse.SerializeToString,
+            ),
+            'RemoveVideos': grpc.unary_unary_rpc_method_handler(
+                    servicer.RemoveVideos,
+                    request_deserializer=serving_dot_protos_dot_reelrank_dot_v1_dot_feed__pb2.RemoveVideosRequest.FromString,
+                    response_serializer=serving_dot_protos_dot_reelrank_dot_v1_dot_feed__pb2.RemoveVideosResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -219,6 +254,60 @@ class FeedService:
             '/reelrank.v1.FeedService/LogEvents',
             serving_dot_protos_dot_reelrank_dot_v1_dot_feed__pb2.LogEventsRequest.SerializeToString,
             serving_dot_protos_dot_reelrank_dot_v1_dot_feed__pb2.LogEventsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def UpsertVideos(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/reelrank.v1.FeedService/UpsertVideos',
+            serving_dot_protos_dot_reelrank_dot_v1_dot_feed__pb2.UpsertVideosRequest.SerializeToString,
+            serving_dot_protos_dot_reelrank_dot_v1_dot_feed__pb2.UpsertVideosResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RemoveVideos(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/reelrank.v1.FeedService/RemoveVideos',
+            serving_dot_protos_dot_reelrank_dot_v1_dot_feed__pb2.RemoveVideosRequest.SerializeToString,
+            serving_dot_protos_dot_reelrank_dot_v1_dot_feed__pb2.RemoveVideosResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -17,6 +17,7 @@ import weakref
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import faiss
 import numpy as np
 
 from candidate_gen.delta import NO_VIDEO, Delta, Found
@@ -28,6 +29,8 @@ from candidate_gen.updates import RECORD_VIDEOS, Update, UpdateLog
 
 UNIT_SLACK = 0.01
 """A vector's length may be off 1 by this much: float16 and a tower's last rounding."""
+COMPACTION_NICE = 10
+"""What a compaction in the background gives way by (Linux: a thread has a niceness of its own)."""
 _NONE = np.zeros(0, np.int64)
 _log = logging.getLogger(__name__)
 
@@ -248,6 +251,8 @@ class LiveIndex:
                 self._thread.start()
 
     def _compact_behind(self) -> None:
+        faiss.omp_set_num_threads(1)  # of this thread: searches go on beside it
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), COMPACTION_NICE)
         try:
             self.compact()
         except Exception:

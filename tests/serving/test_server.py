@@ -129,7 +129,7 @@ def test_a_deadline_is_kept_or_named(server, world, client):
                 response = call.result()
                 assert len(response.items) == 10
                 assert response.level == feed_pb2.LEVEL_FULL or response.degraded_reason
-    code, _ = refused(client.get_feed, 1, timeout_s=0.000_1)
+    code, _ = refused(client.get_feed, 1, timeout_s=1e-9)
     assert code == grpc.StatusCode.DEADLINE_EXCEEDED
 
 

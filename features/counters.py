@@ -2,7 +2,8 @@
 
 An impression sees only what was counted on days before its own, so no row contributes to its own features, and a
 published bundle carries exactly one day's view: training and serving read the same arrays. E keys, S signals.
-Rates are (positives + prior * strength) / (impressions + strength), the prior being the global rate.
+Rates are (positives + prior * strength) / (impressions + strength), the prior being the global rate. Of the time
+before the log (day BEFORE) nothing is known: zeros, the features of a key without impressions.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ COUNTED: tuple[str, ...] = ("click", "long_view", "like")
 """Signals that are counted."""
 STRENGTH = 20.0
 """Pseudo-impressions behind the prior."""
+BEFORE = -1
+"""The day of impressions that precede the log."""
 WIDTH_PER_KEY = len(COUNTED) + 1
 """Features a key: one log-odds a signal, and log1p of the impressions."""
 
@@ -100,7 +103,7 @@ def count_days(
     video_row_N: np.ndarray,
     signals_NS: np.ndarray,
 ) -> DailyCounters:
-    """Views for days 0 .. n_days; rows with day -1 (undated) are known from day 0 on.
+    """Views for days 0 .. n_days; rows of day BEFORE are known from day 0 on.
 
     Authors and tags are keyed by their embedding rows, so they share the hash's collisions and nothing else.
     """
@@ -110,7 +113,7 @@ def count_days(
     user, video = Tally.zeros(len(users) + 1), Tally.zeros(len(videos) + 1)
     author, tag = Tally.zeros(table_rows[author_feature]), Tally.zeros(table_rows[tag_feature])
     user_day, video_day = [], []
-    for day in range(-1, n_days):
+    for day in range(BEFORE, n_days):
         at = np.flatnonzero(day_N == day)
         rows, signals = video_row_N[at], signals_NS[at]
         user.add(user_row_N[at], signals)
@@ -135,8 +138,8 @@ def _mean_over(features_EF: np.ndarray, keys_NW: np.ndarray) -> np.ndarray:
 
 
 def _by_day(views: Sequence[np.ndarray], day_N: np.ndarray, row_N: np.ndarray) -> np.ndarray:
-    out = np.empty((len(row_N), views[0].shape[1]), np.float32)
-    for day in np.unique(day_N):
+    out = np.zeros((len(row_N), views[0].shape[1]), np.float32)
+    for day in np.unique(day_N[day_N != BEFORE]):
         at = day_N == day
         out[at] = views[int(day)][row_N[at]]
     return out

@@ -7,13 +7,13 @@ workers on a machine share its pages.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 
-from features.counters import DailyCounters, count_days
+from features.counters import BEFORE, DailyCounters, count_days
 from features.entities import Entities
 from features.history import UNDATED_TS_MS, HistoryLog, signal_bits, watch_fraction
 from features.inputs import UNKNOWN_UPLOAD, Inputs, UserRows, assemble
@@ -24,13 +24,13 @@ from features.transforms import Encoder
 
 @dataclass(frozen=True, slots=True)
 class Examples:
-    """Dated impressions in the order of the canonical table (by date, then file order)."""
+    """Impressions."""
 
     user_row: np.ndarray
     video_row: np.ndarray
     ts_ms: np.ndarray
     day: np.ndarray
-    """(E,) int64, index into `Dataset.dates`."""
+    """(E,) int64, index into `Dataset.dates`; BEFORE for those that precede the log."""
     history_end: np.ndarray
     """(E,) int64, position in the history log one past the last event the impression may see."""
     surface: np.ndarray
@@ -43,6 +43,13 @@ class Examples:
 
     def __len__(self) -> int:
         return len(self.user_row)
+
+    def take(self, rows_B: np.ndarray) -> Examples:
+        """These impressions, in this order."""
+        return Examples(*(np.asarray(getattr(self, f.name)[rows_B]) for f in fields(self)))
+
+    def __add__(self, other: Examples) -> Examples:
+        return Examples(*(np.concatenate([getattr(self, f.name), getattr(other, f.name)]) for f in fields(self)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +68,9 @@ class Dataset:
     history: HistoryLog
     counters: DailyCounters
     examples: Examples
+    """Dated, in the order of the canonical table (by date, then file order)."""
+    undated: Examples
+    """Impressions that precede the log, by user and position: no time, surface, slot or watch time is known of them."""
     dates: tuple[str, ...]
 
     @classmethod
@@ -107,22 +117,29 @@ class Dataset:
     ) -> Inputs:
         """One context and one candidate an example. `with_slot=False` hides the slot, as serving does;
         `counters_day` holds the counters at that day's view, as a bundle does that was made on the day before."""
-        e = self.examples
-        day = e.day[rows_B] if counters_day is None else np.minimum(e.day[rows_B], counters_day)
-        video_row = e.video_row[rows_B]
-        slots = e.slot[rows_B] if with_slot else np.zeros(len(rows_B), np.int64)
+        e = self.examples.take(rows_B)
+        day = e.day if counters_day is None else np.minimum(e.day, counters_day)
+        slot = e.slot if with_slot else np.zeros(len(rows_B), np.int64)
+        return self.inputs_of(replace(e, day=day, slot=slot), extra_rows_X)
+
+    def inputs_of(
+        self, e: Examples, extra_rows_X: np.ndarray | None = None, history_length: int | None = None
+    ) -> Inputs:
+        """One context and one candidate an impression; `history_length` is the spec's by default, and 0 for a model
+        that reads no histories: gathering them is most of the work."""
+        length = self.encoder.spec.history_length if history_length is None else history_length
         return assemble(
-            user=UserRows.take(self.users, e.user_row[rows_B]),
-            user_counters_BC=self.counters.user(day, e.user_row[rows_B]),
-            surface_B=e.surface[rows_B],
-            now_ms_B=e.ts_ms[rows_B],
-            history=self.history.windows(e.user_row[rows_B], e.history_end[rows_B], self.encoder.spec.history_length),
+            user=UserRows.take(self.users, e.user_row),
+            user_counters_BC=self.counters.user(e.day, e.user_row),
+            surface_B=e.surface,
+            now_ms_B=e.ts_ms,
+            history=self.history.windows(e.user_row, e.history_end, length),
             videos=self.videos,
-            candidate_rows_N=video_row,
-            owner_N=np.arange(len(rows_B)),
-            candidate_counters_NC=self.counters.video(day, video_row),
-            candidate_upload_ts_ms_N=self.upload_ts_ms[video_row],
-            slot_N=slots,
+            candidate_rows_N=e.video_row,
+            owner_N=np.arange(len(e)),
+            candidate_counters_NC=self.counters.video(e.day, e.video_row),
+            candidate_upload_ts_ms_N=self.upload_ts_ms[e.video_row],
+            slot_N=e.slot,
             extra_rows_X=extra_rows_X,
         )
 
@@ -136,8 +153,10 @@ class Dataset:
         self.counters.save(folder)
         for name in ("upload_ts_ms", "author_id", "eligible"):
             np.save(folder / f"videos_{name}.npy", getattr(self, name), allow_pickle=False)
-        for field in fields(Examples):
-            np.save(folder / f"examples_{field.name}.npy", getattr(self.examples, field.name), allow_pickle=False)
+        for name in ("examples", "undated"):
+            for field in fields(Examples):
+                values = getattr(getattr(self, name), field.name)
+                np.save(folder / f"{name}_{field.name}.npy", values, allow_pickle=False)
         (folder / "dates.json").write_text(json.dumps(self.dates))
 
     @classmethod
@@ -158,6 +177,7 @@ class Dataset:
             history=HistoryLog.load(folder),
             counters=DailyCounters.load(folder),
             examples=Examples(**{f.name: array(f"examples_{f.name}") for f in fields(Examples)}),
+            undated=Examples(**{f.name: array(f"undated_{f.name}") for f in fields(Examples)}),
             dates=tuple(json.loads((folder / "dates.json").read_text())),
         )
 
@@ -201,7 +221,7 @@ def _with_events(
         author_feature=author_feature,
         tag_feature=tag_feature,
         n_days=len(dates),
-        day_N=np.concatenate([np.full(len(past_users), -1), day]),
+        day_N=np.concatenate([np.full(len(past_users), BEFORE), day]),
         user_row_N=np.concatenate([past_users, user_row]),
         video_row_N=np.concatenate([past_videos, video_row]),
         signals_NS=np.concatenate([past_signals, signals]),
@@ -219,6 +239,20 @@ def _with_events(
         duration_ms=duration,
     )
     by_id = video_table.sort_by("video_id")
+    nothing = np.full(len(past_users), np.nan, np.float32)
+    zeros = np.zeros(len(past_users), np.int64)
+    past = Examples(
+        user_row=past_users,
+        video_row=past_videos,
+        ts_ms=zeros + UNDATED_TS_MS,
+        day=zeros + BEFORE,
+        history_end=history.user_start[past_users] + _places(past_users),
+        surface=zeros,
+        slot=zeros,
+        signals=past_signals,
+        watch_ms=nothing,
+        duration_ms=nothing,
+    )
     return Dataset(
         encoder=encoder,
         users=users,
@@ -229,8 +263,15 @@ def _with_events(
         history=history,
         counters=counters,
         examples=examples,
+        undated=past.take(np.flatnonzero(past_users > 0)),
         dates=dates,
     )
+
+
+def _places(owner_N: np.ndarray) -> np.ndarray:
+    """Running number of each row among its owner's; rows of one owner stand together."""
+    first_N = np.flatnonzero(np.concatenate([[True], owner_N[1:] != owner_N[:-1]])[: len(owner_N)])
+    return np.arange(len(owner_N)) - np.repeat(first_N, np.diff(np.append(first_N, len(owner_N))))
 
 
 def _ids(table: pa.Table, column: str, null: int = 0) -> np.ndarray:

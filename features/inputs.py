@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from features.entities import Encoded, Entities, SparseColumns
-from features.history import HistoryWindow, unpack_signals
+from features.history import UNDATED_TS_MS, HistoryWindow, unpack_signals
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +42,7 @@ class Inputs:
     user_columns: SparseColumns
     surface_B: np.ndarray
     now_ms_B: np.ndarray
-    """Instant of each request."""
+    """Instant of each request; UNDATED_TS_MS where it is not known."""
     video_sparse_UW: np.ndarray
     video_dense_UD: np.ndarray
     video_columns: SparseColumns
@@ -70,8 +70,9 @@ AGE_WIDTH = 2
 
 
 def age_features(now_ms_N: np.ndarray, upload_ts_ms_N: np.ndarray) -> np.ndarray:
-    """(N, AGE_WIDTH) float32; an upload time of UNKNOWN_UPLOAD (negative) gives zeros."""
-    known = upload_ts_ms_N >= 0
+    """(N, AGE_WIDTH) float32; an upload time of UNKNOWN_UPLOAD (negative), or a request without a time,
+    gives zeros."""
+    known = (upload_ts_ms_N >= 0) & (now_ms_N != UNDATED_TS_MS)
     hours = np.where(known, np.maximum(now_ms_N - upload_ts_ms_N, 0), 0) / 3.6e6
     return np.stack([np.log1p(hours) / 5.0, known], axis=1).astype(np.float32)
 

@@ -165,9 +165,9 @@ def world_full() -> Recipe:
 
 
 KUAIRAND_ONEHOT = tuple(f"onehot_feat{i}" for i in range(18))
-KUAIRAND_TOWER_ONLY = ("user_id", "is_live_streamer", "is_video_author", "register_days_range", *KUAIRAND_ONEHOT,
-                       "music_id", "video_type", "upload_type")  # fmt: skip
-"""Features that the ranker is better without: on 95,000 rows their embeddings memorise (chosen on 04-29 and 04-30)."""
+KUAIRAND_TOWER_ONLY = ("user_active_degree", "is_live_streamer", "is_video_author", "register_days_range",
+                       *KUAIRAND_ONEHOT, "music_id", "video_type", "upload_type")  # fmt: skip
+"""Features that the ranker is no better with (chosen on 04-27 and 04-28, `benchmarks.long_view`)."""
 
 
 def kuairand_spec() -> FeatureSpec:
@@ -176,7 +176,7 @@ def kuairand_spec() -> FeatureSpec:
     return FeatureSpec(
         user=(
             Categorical(name="user_id", column="user_id", rows=1 << 18, known_only=True),
-            *_user_features("user_active_degree", *KUAIRAND_TOWER_ONLY[1:4]),
+            *_user_features(*KUAIRAND_TOWER_ONLY[:4]),
             *_user_features(*KUAIRAND_ONEHOT, rows=2048),
             *(Numeric(name=name, column=name, log=True) for name in counts),
         ),
@@ -204,20 +204,20 @@ def kuairand_pure() -> Recipe:
         ),
         towers_train=TrainConfig(epochs=4, batch_size=64, lr_dense=2e-3, patience=1),
         ranker=RankerConfig(
-            embedding_dim=8,
+            embedding_dim=16,
             bottom_widths=(32, 16),
             cross_layers=1,
             cross_rank=16,
-            attention_width=16,
             n_experts=3,
             expert_widths=(32, 16),
             dropout=0.2,
-            embedding_dropout=0.3,
-            surface_as_context=True,
+            counters=False,
+            undated=True,
             history=False,
+            surface_as_context=True,
             leave_out=KUAIRAND_TOWER_ONLY,
         ),
-        ranker_train=TrainConfig(epochs=2, batch_size=512, lr_sparse=0.01, patience=1),
+        ranker_train=TrainConfig(epochs=3, batch_size=512, lr_sparse=0.01, patience=1),
         popular_days=None,
     )
 

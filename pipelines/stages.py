@@ -26,7 +26,7 @@ from features.artifacts import Registry
 from features.dataset import Dataset
 from features.hashing import collision_rate
 from features.schema import SIGNALS
-from features.spec import Categorical
+from features.spec import Categorical, FeatureSpec
 from pipelines import ingest as ingestion
 from pipelines.adapters import Adapter
 from pipelines.cluster import spread, usable_cpus
@@ -77,21 +77,25 @@ def ingest(ws: Workspace, adapter: Adapter, stage: Stage) -> None:
 
 def examples(ws: Workspace, stage: Stage) -> None:
     """Canonical tables -> encoded, memory-mapped examples with their histories and counters."""
-    events = ingestion.load_events(ws.canonical)
-    dates = tuple(sorted(set(events["date"].to_pylist())))
-    dataset = Dataset.build(
-        ws.recipe.spec,
-        users=_table(ws, "users"),
-        videos=_table(ws, "videos"),
-        events=events,
-        undated=ingestion.load_table(ws.canonical, "undated"),
-        train_dates=ws.recipe.split.resolve(dates).train,
-    )
+    dates = tuple(sorted(set(ingestion.load_events(ws.canonical)["date"].to_pylist())))
+    dataset = encoded(ws.canonical, ws.recipe.spec, ws.recipe.split.resolve(dates).train)
     dataset.save(ws.dataset_dir)
     shutil.rmtree(ws.training, ignore_errors=True)  # checkpoints of other examples must not be resumed
     stage.rows = len(dataset.examples)
     stage.note = f"{len(dataset.users):,} users, {len(dataset.videos):,} videos"
     stage.details = [f"{name}: {share:.2%} of the known ids share their row" for name, share in _collisions(dataset)]
+
+
+def encoded(canonical: Path, spec: FeatureSpec, train_dates: tuple[str, ...]) -> Dataset:
+    """The canonical tables as examples; what is fitted is fitted on the training dates."""
+    return Dataset.build(
+        spec,
+        users=_table(canonical, "users"),
+        videos=_table(canonical, "videos"),
+        events=ingestion.load_events(canonical),
+        undated=ingestion.load_table(canonical, "undated"),
+        train_dates=train_dates,
+    )
 
 
 def train_models(ws: Workspace, stage: Stage, names: Sequence[str] = ("towers", "ranker")) -> None:
@@ -196,7 +200,7 @@ def publish(ws: Workspace, stage: Stage, *, force: bool = False, device: str = "
     write_bundle(
         staged,
         dataset,
-        videos=_table(ws, "videos"),
+        videos=_table(ws.canonical, "videos"),
         follows=ingestion.load_table(ws.canonical, "follows"),
         towers_dir=ws.towers,
         ranker_dir=ws.ranker,
@@ -306,7 +310,7 @@ def _ranking(
             probability_NT[:, t],
             train_rows=dataset.rows_on((*split.train, *split.validation)),
             events=events,
-            videos=_frame(_table(ws, "videos")),
+            videos=_frame(_table(ws.canonical, "videos")),
             undated=_frame(undated) if undated is not None else None,
             progress=stage.progress,
         ),
@@ -327,11 +331,11 @@ def _live_metrics(registry: Registry) -> dict | None:
     return json.loads(registry.open(None).path("metrics.json").read_text())
 
 
-def _table(ws: Workspace, name: str):
-    table = ingestion.load_table(ws.canonical, name)
+def _table(canonical: Path, name: str):
+    table = ingestion.load_table(canonical, name)
     if table is None:
         raise FileNotFoundError(
-            f"{ws.canonical / name}.parquet is not there: run `reelrank ingest --run {ws.root}` first"
+            f"{canonical / name}.parquet is not there: run `reelrank ingest --run {canonical.parent}` first"
         )
     return table
 

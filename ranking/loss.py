@@ -1,6 +1,8 @@
 """Losses of the ranker: binary cross-entropy a task and for the watch-time quantile, blind to what was not logged.
 
-N candidates, T tasks; NaN means "not logged" and contributes neither loss nor gradient.
+N candidates, T tasks; NaN means "not logged" and contributes neither loss nor gradient. Sums over the logged rows are
+divided by all rows: a row weighs the same whatever is logged of its neighbours, or the few dated rows among many
+undated ones would count thirty times for the tasks that only they have.
 """
 
 from __future__ import annotations
@@ -10,10 +12,10 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 
 
 def task_losses(logits_NT: torch.Tensor, labels_NT: torch.Tensor) -> torch.Tensor:
-    """Mean cross-entropy of each task over its logged rows (T,); 0 for a task without any in this batch."""
+    """Cross-entropy of each task, summed over its logged rows, a row of the batch (T,)."""
     logged_NT = ~labels_NT.isnan()
     losses_NT = binary_cross_entropy_with_logits(logits_NT, labels_NT.nan_to_num(), reduction="none")
-    return (losses_NT * logged_NT).sum(0) / logged_NT.sum(0).clamp(min=1)
+    return (losses_NT * logged_NT).sum(0) / len(labels_NT)
 
 
 def quantile_loss(logit_N: torch.Tensor, quantile_N: torch.Tensor) -> torch.Tensor:
@@ -25,4 +27,4 @@ def quantile_loss(logit_N: torch.Tensor, quantile_N: torch.Tensor) -> torch.Tens
     target_N = torch.where(logged_N, quantile_N, 0.5)
     loss_N = binary_cross_entropy_with_logits(logit_N, target_N, reduction="none")
     entropy_N = torch.special.entr(target_N) + torch.special.entr(1 - target_N)
-    return ((loss_N - entropy_N) * logged_N).sum() / logged_N.sum().clamp(min=1)
+    return ((loss_N - entropy_N) * logged_N).sum() / len(quantile_N)

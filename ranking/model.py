@@ -18,9 +18,11 @@ from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from features.batch import Batch
+from features.counters import WIDTH_PER_KEY
 from features.dataset import Dataset
 from features.entities import SparseColumns
 from features.history import GAP_BUCKETS
+from features.inputs import AGE_WIDTH
 from features.schema import SIGNALS
 from ranking.loss import quantile_loss, task_losses
 
@@ -60,6 +62,11 @@ class RankerConfig:
     """Penalty on the squared norm of each looked-up embedding; part of the loss, so it works with fused optimisers."""
     embedding_init: float = 0.02
     """Embeddings start uniform in plus or minus this: small, so that an untrained row says almost nothing."""
+    counters: bool = True
+    """False leaves the smoothed rates of user, video, author and tags out."""
+    undated: bool = False
+    """Also train on the impressions that precede the log: their surface, slot and time are unknown, and they have no
+    counters of their own past."""
     history: bool = True
     """False leaves the attention over history out: for logs too small to learn it from."""
     surface_as_context: bool = False
@@ -145,7 +152,10 @@ class RankerModel(nn.Module):
         self.video_ebc = _embeddings(sizes.video_names, sizes.video_table_rows, config)
         user_width = len(sizes.user_names) * config.embedding_dim
         video_width = len(sizes.video_names) * config.embedding_dim
-        dense_width = sizes.user_dense + sizes.video_dense + sizes.candidate_dense
+        self._user_dense, self._skipped = sizes.user_dense, 0
+        if not config.counters:
+            self._user_dense, self._skipped = sizes.user_dense - WIDTH_PER_KEY, sizes.candidate_dense - AGE_WIDTH
+        dense_width = self._user_dense + sizes.video_dense + sizes.candidate_dense - self._skipped
         self.embedding_dropout = nn.Dropout(config.embedding_dropout)
         self.bottom = BottomMlp(dense_width, config.bottom_widths)
         width = user_width + video_width + config.bottom_widths[-1]
@@ -180,9 +190,9 @@ class RankerModel(nn.Module):
         penalty = user_BF.square().sum(1).mean() + video_UF.square().sum(1).mean()
         user_BF, video_UF = self.embedding_dropout(user_BF), self.embedding_dropout(video_UF)
         candidate, owner = batch.candidate_N, batch.owner_N
-        dense_NF = torch.cat(
-            [batch.user_dense_BD[owner], batch.video_dense_UD[candidate], batch.candidate_dense_NC], dim=1
-        )
+        user_dense_BD = batch.user_dense_BD[:, : self._user_dense]
+        candidate_dense_NC = batch.candidate_dense_NC[:, self._skipped :]
+        dense_NF = torch.cat([user_dense_BD[owner], batch.video_dense_UD[candidate], candidate_dense_NC], dim=1)
         direct_NT = self.direct(dense_NF)
         parts = [user_BF.index_select(0, owner), video_UF.index_select(0, candidate), self.bottom(dense_NF)]
         if self.attention is not None:

@@ -38,11 +38,13 @@ class RankerTask:
         validation_dates: tuple[str, ...],
     ) -> None:
         self._dataset, self._config = dataset, config
-        self._train_rows = dataset.rows_on(train_dates)
+        self._dated_rows = dataset.rows_on(train_dates)
+        n_dated = len(dataset.examples)
+        self._undated = np.arange(n_dated, n_dated + (len(dataset.undated) if config.undated else 0))
         self._validation_rows = dataset.rows_on(validation_dates)
-        if len(self._train_rows) == 0:
+        if len(self._dated_rows) == 0:
             raise ValueError(f"no impressions on the training dates {train_dates}; the dataset has {dataset.dates}")
-        self.base_rates = _base_rates(np.asarray(dataset.examples.signals[self._train_rows]))
+        self.base_rates = _base_rates(np.asarray(dataset.examples.signals[self._dated_rows]))
         self.tasks = tuple(signal for signal in SIGNALS if signal in self.base_rates)
         self.dropped_tasks = tuple(signal for signal in SIGNALS if signal not in self.base_rates)
         if not self.tasks:
@@ -56,18 +58,22 @@ class RankerTask:
         return RankerModel(self._config, self._sizes, self.base_rates)
 
     def train_units(self) -> np.ndarray:
-        """Example rows of the training dates."""
-        return self._train_rows
+        """Example rows of the training dates; numbers beyond the examples are undated impressions."""
+        return np.concatenate([self._undated, self._dated_rows])
 
     def validation_units(self) -> np.ndarray:
         """Example rows of the validation dates."""
         return self._validation_rows
 
     def collate(self, units: np.ndarray, *, seed: int) -> Collated:
-        """Inputs, labels (N, T) and watch-time quantiles (N,); nothing is drawn, so the seed changes nothing."""
-        inputs, examples = self._dataset.inputs(units), self._dataset.examples
-        watch_quantile_N = self._watch.quantile(np.asarray(examples.watch_ms[units]), self._watch.durations(inputs))
-        labels_NT = np.asarray(examples.signals[units])[:, self._task_columns]
+        """Inputs, labels (N, T) and watch-time quantiles (N,), dated impressions first; nothing is drawn, so the seed
+        changes nothing."""
+        dated = units < len(self._dataset.examples)
+        dataset = self._dataset
+        examples = dataset.examples.take(units[dated]) + dataset.undated.take(units[~dated] - len(dataset.examples))
+        inputs = dataset.inputs_of(examples, history_length=None if self._config.history else 0)
+        watch_quantile_N = self._watch.quantile(examples.watch_ms, self._watch.durations(inputs))
+        labels_NT = examples.signals[:, self._task_columns]
         return Collated(inputs, {"labels_NT": labels_NT, "watch_quantile_N": watch_quantile_N})
 
     def export(self, state: dict[str, torch.Tensor], folder: Path) -> None:
@@ -94,7 +100,7 @@ class RankerTask:
         return Calibration.fit(self.tasks, logits_NT, labels_NT)
 
     def _fit_watch(self) -> WatchQuantiles:
-        rows, examples = self._train_rows, self._dataset.examples
+        rows, examples = self._dated_rows, self._dataset.examples
         duration = DurationColumn.find(self._dataset.encoder)
         dense_ND = np.asarray(self._dataset.videos.dense[examples.video_row[rows]])
         duration_ms_N = np.zeros(len(rows)) if duration is None else duration.duration_ms(dense_ND)

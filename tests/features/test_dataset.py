@@ -13,8 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from features.batch import to_batch
+from features.counters import WIDTH_PER_KEY
 from features.dataset import Dataset
 from features.inputs import Inputs
+from features.schema import SIGNALS
 
 sys.path.insert(0, str(Path(__file__).parent))
 from feature_world import SPEC, tables
@@ -72,6 +74,31 @@ def test_undated_impressions_come_first_in_every_history_and_their_gap_is_unknow
     window = dataset.history.windows(dataset.examples.user_row[row], dataset.examples.history_end[row], 8)
     assert dataset.videos.ids_of(window.video_row_BL[0, :2]).tolist() == videos[[3, 7]].tolist()
     assert inputs.history_gap_BL[0, :2].tolist() == [0, 0]
+
+
+def test_an_undated_impression_sees_those_before_it_and_no_time_surface_or_counter():
+    t, rng = tables(6), np.random.default_rng(1)
+    users, videos, n = t["users"]["user_id"].to_numpy(), t["videos"]["video_id"].to_numpy(), 90
+    user, video, position = rng.choice(users[:6], n), rng.choice(videos, n), rng.permutation(n)
+    signals = {f.name: pa.nulls(n, f.type) for f in t["events"].schema if f.type == pa.int8()}
+    liked = pa.array(rng.integers(0, 2, n), pa.int8())
+    undated = pa.table({"user_id": user, "video_id": video, "position": pa.array(position, pa.int32())} | signals)
+    dataset = build(t, undated.set_column(undated.column_names.index("like"), "like", liked))
+    past = dataset.undated
+    windows = dataset.history.windows(past.user_row, past.history_end, SPEC.history_length)
+    inputs = dataset.inputs_of(past)
+    assert len(past) == n
+    for row in range(n):
+        of_user = np.flatnonzero(user == dataset.users.ids[past.user_row[row] - 1])
+        in_order = of_user[np.argsort(position[of_user])]
+        at = int(np.count_nonzero(past.user_row[:row] == past.user_row[row]))
+        assert dataset.videos.ids[past.video_row[row] - 1] == video[in_order[at]]
+        assert past.signals[row, SIGNALS.index("like")] == liked[in_order[at]].as_py()
+        seen = dataset.videos.ids_of(windows.video_row_BL[row, : windows.length_B[row]])
+        assert seen.tolist() == video[in_order[:at]][-SPEC.history_length :].tolist()
+    counters = (inputs.candidate_dense_NC, inputs.user_dense_BD[:, -WIDTH_PER_KEY:])
+    assert [float(np.abs(part).max()) for part in (*counters, inputs.surface_B, inputs.slot_N)] == [0, 0, 0, 0]
+    assert np.isnan(past.signals[:, SIGNALS.index("click")]).all()
 
 
 def test_counters_know_earlier_days_only():

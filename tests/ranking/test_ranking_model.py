@@ -15,12 +15,14 @@ import pytest
 import torch
 
 from features.batch import to_batch
+from features.counters import BEFORE
 from features.dataset import Dataset
-from features.history import empty_window
+from features.history import UNDATED_TS_MS, empty_window
 from features.inputs import Inputs, UserRows, assemble
 from features.schema import EVENTS, SIGNALS, VIDEOS
 from features.spec import Categorical, FeatureSpec, MultiValued, Numeric
 from ranking.infer import Ranker
+from ranking.loss import task_losses
 from ranking.model import RankerConfig, RankerModel
 from ranking.train import RankerTask
 
@@ -274,7 +276,24 @@ def test_labels_that_were_not_logged_give_no_gradient(trained: Trained) -> None:
     assert max(float(g.abs().max()) for g in gradients if g is not None) == 0.0
 
 
-@pytest.mark.parametrize("options", [{"history": False, "leave_out": ("user_id",)}, {"surface_as_context": True}])
+def test_a_row_weighs_the_same_beside_rows_that_were_not_logged() -> None:
+    logits, labels = torch.randn(6, 2), torch.tensor([[1.0, 0.0]] * 6)
+    missing = labels.clone()
+    missing[1:, 0] = torch.nan
+
+    def first_row(labels_NT: torch.Tensor) -> torch.Tensor:
+        x_NT = logits.clone().requires_grad_()
+        task_losses(x_NT, labels_NT)[0].backward()
+        assert x_NT.grad is not None
+        return x_NT.grad[0]
+
+    torch.testing.assert_close(first_row(missing), first_row(labels))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"history": False, "leave_out": ("user_id",)}, {"surface_as_context": True}, {"counters": False}],
+)
 def test_every_dense_parameter_takes_part_in_each_step(trained: Trained, options: dict) -> None:
     task = RankerTask(trained.dataset, RankerConfig(side_dropout=0.0, **options), DAYS[:2], DAYS[2:])
     collated = task.collate(np.arange(64), seed=0)
@@ -282,3 +301,21 @@ def test_every_dense_parameter_takes_part_in_each_step(trained: Trained, options
     targets = {name: torch.from_numpy(array) for name, array in collated.targets.items()}
     model(to_batch(collated.inputs), targets)["loss"].backward()
     assert [name for name, p in model.named_parameters() if p.grad is None] == []
+
+
+def test_undated_impressions_are_trained_on_for_what_they_logged_and_validated_never() -> None:
+    dataset, _ = planted()
+    past = dataset.examples.take(np.arange(50))
+    unlogged = np.full_like(past.signals, np.nan)
+    unlogged[:, SIGNALS.index("long_view")] = past.signals[:, SIGNALS.index("long_view")]
+    before = replace(past, day=np.full(50, BEFORE), ts_ms=np.full(50, UNDATED_TS_MS), signals=unlogged)
+    before = replace(before, watch_ms=np.full(50, np.nan, np.float32))
+    task = RankerTask(replace(dataset, undated=before), RankerConfig(undated=True), DAYS[:2], DAYS[2:])
+    units = task.train_units()
+    assert len(units) == 50 + len(dataset.rows_on(DAYS[:2]))
+    assert task.validation_units().max() < len(dataset.examples)
+    mixed = task.collate(units[45:55], seed=0)
+    click, long_view = (task.tasks.index(name) for name in ("click", "long_view"))
+    assert np.isnan(mixed.targets["labels_NT"][:, click]).tolist() == [False] * 5 + [True] * 5, "dated ones come first"
+    assert not np.isnan(mixed.targets["labels_NT"][:, long_view]).any()
+    assert np.isnan(mixed.targets["watch_quantile_N"]).sum() == 5

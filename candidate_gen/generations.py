@@ -33,7 +33,7 @@ class Generation:
     dead_rows: np.ndarray
     """Base rows removed or replaced up to here."""
     index: VideoIndex | None
-    """None for an overlay without videos."""
+    """None where so few videos are scanned as the delta is: at most `IndexConfig.exact_below`."""
 
 
 class Generations:
@@ -68,7 +68,7 @@ class Generations:
             name: np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False)
             for name in ("ids_V", "base_rows_V", "vectors_VD", "dead_rows")
         }
-        index = VideoIndex(folder / "index") if len(arrays["ids_V"]) > 1 else None
+        index = VideoIndex(folder / "index") if (folder / "index").exists() else None
         return Generation(number=self._number, index=index, **arrays)
 
     def write(
@@ -89,7 +89,7 @@ class Generations:
                             ("dead_rows", dead_rows)):  # fmt: skip
             np.save(folder / f"{name}.npy", array, allow_pickle=False)
         index = None
-        if len(ids_V) > 1:
+        if len(ids_V) - 1 > config.exact_below:
             rows = np.arange(1, len(ids_V))
             chunks = [(rows, vectors_VD[1:].astype(np.float32))]
             index = VideoIndex.build(chunks, len(ids_V), config, folder / "index")

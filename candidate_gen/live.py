@@ -1,9 +1,10 @@
 """The live index: a built index that takes uploads and removals at once, and survives a crash.
 
 Q queries, K results, D width, V rows of a part, N videos of an update. A `VideoIndex` of the catalogue as of its build
-(the base) stays as it is; beside it lie an overlay (a second `VideoIndex` of what came since, rebuilt by `compact`)
-and a delta of the newest, scanned exactly. Removed and replaced rows lose a bit. Search takes no lock: it reads one
-reference to a `View`, oldest part first, and starts again in the rare case that compaction has swapped it meanwhile.
+(the base) stays as it is; beside it lie an overlay of what came since, rebuilt by `compact` (a second `VideoIndex`, or
+while it is small a delta that grows no more), and a delta of the newest, scanned exactly. Removed and replaced rows
+lose a bit. Search takes no lock: it reads one reference to a `View`, oldest part first, and starts again in the rare
+case that compaction has swapped it meanwhile.
 Every update is in the log (`updates.py`) and flushed before the call returns; a restart replays what no overlay holds.
 """
 
@@ -53,7 +54,7 @@ class View:
     """What a search reads; replaced whole."""
 
     base: Part
-    overlay: Part | None
+    overlay: Part | Delta | None
     deltas: tuple[Delta, ...]
     """Oldest first; writers append to the last."""
 
@@ -218,7 +219,7 @@ class LiveIndex:
             overlay = _overlay(generation)
             with self._lock:
                 if overlay is not None:  # what was removed or replaced while the overlay was built
-                    overlay.retire(1 + np.flatnonzero(~_marks(view)[at[order]]))
+                    overlay.remove(ids[~_marks(view)[at]])
                 self._overlay_vectors_VD = generation.vectors_VD
                 self._view = View(view.base, overlay, self._view.deltas[len(view.deltas) :])
             self._updates.drop_before(segment)
@@ -226,7 +227,7 @@ class LiveIndex:
     def sizes(self) -> Sizes:
         """How much lies where."""
         view = self._view
-        overlay = 0 if view.overlay is None else view.overlay.alive.count
+        overlay = 0 if view.overlay is None else len(view.overlay)
         return Sizes(sum(len(delta) for delta in view.deltas), overlay, sum(map(len, self._dead_base)))
 
     def close(self) -> None:
@@ -272,7 +273,7 @@ class LiveIndex:
         for delta in older:
             delta.remove(ids_N)
         if view.overlay is not None:
-            view.overlay.retire(view.overlay.rows_of(ids_N))
+            view.overlay.remove(ids_N)
         dead = view.base.retire(base_rows_N)
         self._dead_base.append(dead)
         for only in self._filters:
@@ -311,19 +312,24 @@ def _search(
     ids = tuple(np.concatenate([one, base.ids_V[row[row > 0]]]) for row, one in zip(rows, ids, strict=True))
     floor_Q1 = best[1][:, -1:] if k > 0 else np.full((len(query_QD), 1), np.inf, np.float32)
     newer: list[Found] = []
-    if view.overlay is not None:
+    if isinstance(view.overlay, Part):
         excluded = [_known(view.overlay.rows_of(one)) for one in ids]
         found, scores = view.overlay.search(query_QD, k, only=only, excluded_rows=excluded)
         above = int((scores > floor_Q1).sum(axis=1).max(initial=0))
         newer.append((found[:, :above], scores[:, :above]))
     bits = None if only is None else only.asked_bits
-    for delta in view.deltas:
+    for delta in _scanned(view):
         if delta.length:
             newer.append(delta.search(query_QD, k, floor_Q1=floor_Q1, allowed_bits=bits, excluded_ids=ids))
     newer = [(found, scores) for found, scores in newer if found.shape[1]]
     if not newer:
         return best
     return None if _is_torn(best, newer, ids) else _merge(best, newer, k)
+
+
+def _scanned(view: View) -> tuple[Delta, ...]:
+    """Oldest first."""
+    return (view.overlay, *view.deltas) if isinstance(view.overlay, Delta) else view.deltas
 
 
 def _merge(best: Found, newer: list[Found], k: int) -> Found:
@@ -352,17 +358,17 @@ def _is_torn(best: Found, newer: list[Found], excluded_ids: tuple[np.ndarray, ..
 
 def _marks(view: View) -> np.ndarray:
     """Alive or not, of the overlay's rows and then of each delta's entries."""
-    overlay = [] if view.overlay is None else [view.overlay.marks()]
-    return np.concatenate([*overlay, *(delta.marks() for delta in view.deltas)])
+    overlay = [view.overlay.marks()] if isinstance(view.overlay, Part) else []
+    return np.concatenate([*overlay, *(delta.marks() for delta in _scanned(view))])
 
 
 def _take(view: View, overlay_vectors_VD: np.ndarray | None, at: np.ndarray) -> tuple[np.ndarray, ...]:
     """(ids, float16 vectors, base rows) at places of `_marks`."""
     taken, start = [], 0
-    if view.overlay is not None and overlay_vectors_VD is not None and view.overlay.base_rows_V is not None:
+    if isinstance(view.overlay, Part) and overlay_vectors_VD is not None and view.overlay.base_rows_V is not None:
         rows, start = at[at < len(view.overlay.ids_V)], len(view.overlay.ids_V)
         taken.append((view.overlay.ids_V[rows], overlay_vectors_VD[rows], view.overlay.base_rows_V[rows]))
-    for delta in view.deltas:
+    for delta in _scanned(view):
         entries = at[(at >= start) & (at < start + delta.length)] - start
         taken.append(delta.take(entries))
         start += delta.length
@@ -370,10 +376,15 @@ def _take(view: View, overlay_vectors_VD: np.ndarray | None, at: np.ndarray) -> 
     return ids, vectors.astype(np.float16), base_rows
 
 
-def _overlay(generation: Generation) -> Part | None:
-    if generation.index is None:
+def _overlay(generation: Generation) -> Part | Delta | None:
+    ids_V, base_rows_V = np.asarray(generation.ids_V), np.asarray(generation.base_rows_V)
+    if generation.index is not None:
+        return Part(generation.index, ids_V, base_rows_V)
+    if len(ids_V) == 1:
         return None
-    return Part(generation.index, np.asarray(generation.ids_V), np.asarray(generation.base_rows_V))
+    few = Delta(generation.vectors_VD.shape[1])
+    few.append(ids_V[1:], generation.vectors_VD[1:].astype(np.float32), base_rows_V[1:])
+    return few
 
 
 def _checked_ids(ids: np.ndarray) -> np.ndarray:

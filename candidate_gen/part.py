@@ -46,6 +46,14 @@ class Part:
         self.alive = RowFilter(everything.bits.copy(), everything.count, everything=True)
         """Replaced by `retire`, which clears its bits in place, a byte at a time, under readers' eyes."""
 
+    def __len__(self) -> int:
+        """Videos alive."""
+        return self.alive.count
+
+    def remove(self, ids_M: np.ndarray) -> None:
+        """Retire the rows of these ids; ids that are not here are passed over."""
+        self.retire(self.rows_of(ids_M))
+
     def rows_of(self, ids_M: np.ndarray) -> np.ndarray:
         """Rows of ids, 0 for an id that is not here."""
         at = np.searchsorted(self.ids_V[1:], ids_M) + 1

@@ -19,6 +19,9 @@ from candidate_gen.live import LiveConfig, LiveIndex
 DIM, BASE = 16, 300
 _NOTHING = np.zeros(0, np.int64)
 CONFIG = LiveConfig(compact_at=0, index=IndexConfig(kind="flat"))
+"""Overlays here are scanned as the delta is."""
+INDEXED = LiveConfig(compact_at=0, index=IndexConfig(kind="flat", exact_below=0))
+"""The same with an index for every overlay."""
 EDGES = [-(2**63) + 1, -(2**53) - 1, -(2**31) - 1, -1, 0, 1, 2**31 - 1, 2**31, 2**53, 2**53 + 1, 2**63 - 1]
 FRESH = [-(2**63) + 2, -2, 2, 2**31 + 1, 2**53 + 2, 2**53 + 3, 2**62, 2**63 - 2]
 """Ids that the base does not know, next to ones that it knows."""

@@ -16,10 +16,10 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from candidate_gen.delta import NO_VIDEO
 from candidate_gen.index import IndexConfig, VideoIndex
-from candidate_gen.live import LiveIndex
+from candidate_gen.live import LiveConfig, LiveIndex
 
 sys.path.insert(0, str(Path(__file__).parent))
-from live_truth import BASE, CONFIG, DIM, EDGES, FRESH, IDS_V, INDEX, VECTORS_VD, Truth, opened, unit
+from live_truth import BASE, CONFIG, DIM, EDGES, FRESH, IDS_V, INDEX, INDEXED, VECTORS_VD, Truth, opened, unit
 
 QUERIES = unit(np.random.default_rng(3).normal(size=(3, DIM)))
 
@@ -35,12 +35,13 @@ def array(ids: list[int]) -> np.ndarray:
 class LiveMachine(RuleBasedStateMachine):
     """Random interleavings of everything a live index can be told."""
 
+    config = CONFIG
     some_ids = st.lists(st.sampled_from(EDGES + FRESH + IDS_V[1:40].tolist()), max_size=6)
 
     def __init__(self) -> None:
         super().__init__()
         self.folder = TemporaryDirectory()
-        self.live, self.truth = opened(Path(self.folder.name)), Truth()
+        self.live, self.truth = opened(Path(self.folder.name), self.config), Truth()
         self.packed: np.ndarray | None = None
 
     @rule(ids=some_ids, seed=st.integers(0, 99), kept=st.integers(0, 63))
@@ -61,7 +62,7 @@ class LiveMachine(RuleBasedStateMachine):
     @rule()
     def restart(self) -> None:
         self.live.close()
-        self.live, self.packed = opened(Path(self.folder.name)), None
+        self.live, self.packed = opened(Path(self.folder.name), self.config), None
 
     @rule(ids=some_ids, rows=st.lists(st.integers(1, BASE), max_size=5), seed=st.integers(0, 9), packed=st.booleans())
     def search_filtered(self, ids: list[int], rows: list[int], seed: int, packed: bool) -> None:
@@ -89,9 +90,15 @@ class LiveMachine(RuleBasedStateMachine):
         self.folder.cleanup()
 
 
-TestLiveMachine = LiveMachine.TestCase
-TestLiveMachine.settings = settings(
-    max_examples=12, stateful_step_count=15, deadline=None, suppress_health_check=list(HealthCheck)
+class IndexedMachine(LiveMachine):
+    """The same where every overlay is an index."""
+
+    config = INDEXED
+
+
+TestLiveMachine, TestIndexedMachine = LiveMachine.TestCase, IndexedMachine.TestCase
+TestLiveMachine.settings = TestIndexedMachine.settings = settings(
+    max_examples=10, stateful_step_count=15, deadline=None, suppress_health_check=list(HealthCheck)
 )
 
 
@@ -135,8 +142,9 @@ def test_an_ineligible_upload_hides_what_was_there_until_it_is_upserted_again(tm
     assert live.search(vector, 1)[0][0, 0] == known
 
 
-def test_an_overlay_holds_only_what_is_alive_and_the_log_begins_after_it(tmp_path: Path):
-    live, many = opened(tmp_path), vectors(10_000, seed=8)
+@pytest.mark.parametrize("config", [CONFIG, INDEXED])
+def test_an_overlay_holds_only_what_is_alive_and_the_log_begins_after_it(config: LiveConfig, tmp_path: Path):
+    live, many = opened(tmp_path, config), vectors(10_000, seed=8)
     ids = np.arange(10_000) * 7 + 2**40
     live.upsert(ids, many)  # over block borders of the delta
     live.remove(ids[::2])
@@ -147,7 +155,7 @@ def test_an_overlay_holds_only_what_is_alive_and_the_log_begins_after_it(tmp_pat
     found, _ = live.search(many[1:200:2], 1)
     assert found[:, 0].tolist() == ids[1:200:2].tolist()
     live.close()
-    again = opened(tmp_path)
+    again = opened(tmp_path, config)
     assert again.opened.replayed == 0
     assert again.sizes() == live.sizes()
     assert not np.isin(again.search(many[:50], BASE)[0], np.concatenate([ids[::2], IDS_V[1:11]])).any()
@@ -190,9 +198,10 @@ def test_an_approximate_base_merges_by_the_same_scores(tmp_path: Path):
         live.compact()
 
 
-def test_searches_and_writers_go_on_while_it_compacts_and_none_sees_a_hole(tmp_path: Path):
+@pytest.mark.parametrize("config", [CONFIG, INDEXED])
+def test_searches_and_writers_go_on_while_it_compacts_and_none_sees_a_hole(config: LiveConfig, tmp_path: Path):
     """Videos that are only replaced are in every search, removed ones in none that starts afterwards, none is twice."""
-    live, stay = opened(tmp_path), np.arange(40) + 2**53
+    live, stay = opened(tmp_path, config), np.arange(40) + 2**53
     target = vectors(1, seed=11)
     near = unit(target + 0.05 * np.random.default_rng(12).normal(size=(8, len(stay), DIM)))
     live.upsert(stay, near[0])

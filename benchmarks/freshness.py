@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import tempfile
 import threading
 import time
@@ -30,6 +31,7 @@ from benchmarks.vectors import Corpus
 from candidate_gen.delta import NO_VIDEO
 from candidate_gen.index import IndexConfig, VideoIndex
 from candidate_gen.live import LiveConfig, LiveIndex
+from serving.server import SWITCH_INTERVAL_S
 
 K, PROBE_K = 1000, 10
 SEARCHERS = 2
@@ -55,6 +57,7 @@ def main() -> None:
     console = Console(width=120)
     machine = describe_at_rest(("faiss-cpu", "numpy"), console)
     faiss.omp_set_num_threads(1)
+    sys.setswitchinterval(SWITCH_INTERVAL_S)
     figures = measure(options.corpus, options.videos, options.minutes, options.per_minute, console)
     figures["machine"] = machine
     show(figures, console)

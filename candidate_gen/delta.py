@@ -53,6 +53,8 @@ class Delta:
         self._dim = dim
         self._blocks: list[Block] = []
         self._entry_of: dict[int, int] = {}
+        self._knows_base = False
+        """An entry has a base row: without any, filters have nothing to say here."""
         self.length = 0
         """Entries published, dead ones included."""
 
@@ -62,6 +64,7 @@ class Delta:
 
     def append(self, ids_M: np.ndarray, vectors_MD: np.ndarray, base_rows_M: np.ndarray) -> None:
         """Publish entries of distinct ids, then retire what they replace here. One writer at a time."""
+        self._knows_base = self._knows_base or bool(base_rows_M.any())
         replaced = [self._entry_of.get(video_id) for video_id in ids_M.tolist()]
         done = 0
         while done < len(ids_M):
@@ -99,6 +102,8 @@ class Delta:
 
         `allowed_bits` speaks for entries that have a base row; `excluded_ids` is one array for all queries, or Q.
         """
+        if len(query_QD) <= QUERIES_AT_ONCE:
+            return self._search(query_QD, k, floor_Q1, allowed_bits, excluded_ids)
         steps = range(0, len(query_QD), QUERIES_AT_ONCE)
         parts = [slice(start, start + QUERIES_AT_ONCE) for start in steps]
         each = len(excluded_ids) > 1
@@ -144,19 +149,23 @@ class Delta:
                 part = slice(max(done - number * BLOCK, 0), min(length - number * BLOCK, BLOCK))
                 score_QM = query_QD @ block.vectors_MD[part].T
                 visible_M = block.alive_M[part].copy()
-                if allowed_bits is not None:
+                if allowed_bits is not None and self._knows_base:
                     visible_M &= permitted(block.base_rows_M[part], allowed_bits)
                 score_QM[:, ~visible_M] = -np.inf
                 pieces.append(score_QM)
             done = length
-        score_QM = np.concatenate(pieces, axis=1)
-        for query, ids in enumerate(excluded_ids if done else ()):
+        score_QM = pieces[1] if len(pieces) == 2 else np.concatenate(pieces, axis=1)
+        for query, ids in enumerate(excluded_ids):
             entries = [self._entry_of.get(video_id) for video_id in ids.tolist()]
             gone = [entry for entry in entries if entry is not None and entry < done]
             score_QM[query if len(excluded_ids) > 1 else slice(None), gone] = -np.inf
-        above = min(int((score_QM > floor_Q1).sum(axis=1).max(initial=0)), k)
+        above_QM = score_QM > floor_Q1
+        above = min(int(above_QM.sum(axis=1).max(initial=0)), k)
         if above == 0:
             return np.zeros((len(query_QD), 0), np.int64), np.zeros((len(query_QD), 0), np.float32)
+        if len(query_QD) == 1 and above < k:  # the usual case: nothing to choose
+            entry_K = np.flatnonzero(above_QM)
+            return self._ids_at(entry_K[None]), score_QM[:, entry_K]
         entry_QK = np.argpartition(-score_QM, above - 1, axis=1)[:, :above]
         score_QK = np.take_along_axis(score_QM, entry_QK, 1)
         return np.where(np.isneginf(score_QK), NO_VIDEO, self._ids_at(entry_QK)), score_QK

@@ -11,6 +11,7 @@ import ipaddress
 import logging
 import signal
 import sqlite3
+import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -36,6 +37,8 @@ from serving.trace import Deadline, DeadlineExpiredError
 
 _log = logging.getLogger(__name__)
 SERVICE = feed_pb2.DESCRIPTOR.services_by_name["FeedService"].full_name
+SWITCH_INTERVAL_S = 0.000_5
+"""A thread that waits for the interpreter asks for it after this long; Python's 5 ms are a good part of an answer."""
 NO_CLIENT_DEADLINE_S = 1e9
 """Without a client's deadline, gRPC gives some 9e15 s."""
 
@@ -248,6 +251,7 @@ def serve(
     on_ready: Callable[[str, str], None] | None = None,
 ) -> None:
     """Serve until SIGTERM or SIGINT, then drain. `on_ready(address, bundle version)` is called once calls are taken."""
+    sys.setswitchinterval(SWITCH_INTERVAL_S)
     asyncio.run(_serve(FeedServer(registry, store, config), on_ready))
 
 

@@ -45,8 +45,8 @@ class _Asked:
 class SearchTogether:
     """Ask one query; those that meet under the same filter, where one scan can answer all of them, share the scan.
 
-    `benchmarks.combining`, two busy cores, 8 and 16 threads: scans of 10,000 to 20,000 videos answer 1.5 to 2.9 times
-    as many queries a second combined as alone; inverted lists .6 to 1.1 times, so these are asked at once and alone.
+    `benchmarks.combining`, two cores, 8 and 16 threads: scans of 10,000 and 20,000 videos answer 1.8 to 3 times as many
+    queries a second combined as alone; inverted lists .7 to 1.1 times, so these are asked at once and alone.
     """
 
     def __init__(self, index: Searched) -> None:

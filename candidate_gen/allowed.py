@@ -15,7 +15,7 @@ import numpy as np
 
 from candidate_gen.bits import are_set
 from candidate_gen.timeline import REASONS, Stretch, Timeline
-from candidate_gen.viewers import LIMITS, Kind, ViewerBitmaps
+from candidate_gen.viewers import LIMITS, Kind, ViewerBitmaps, first_broken
 from features.eligibility import Viewer
 
 KINDS_KEPT = 16
@@ -82,7 +82,7 @@ class _Held:
     unfit: np.ndarray
     """(4,) rows that each of LIMITS takes all the time: the edge is not among them."""
     edge_limit: np.ndarray
-    """(E,) int64 for the edge rows: 0 where no limit is broken, else 1 + the place in LIMITS of the first."""
+    """(E,) int64, `first_broken` of the edge rows."""
 
 
 class Eligibility:
@@ -128,9 +128,6 @@ class Eligibility:
 
     def _make(self, stretch: Stretch, kind: Kind, viewer: Viewer) -> _Held:
         bits, count, taken = self._viewers.narrow(stretch.bits, kind)
-        broken = self._viewers.attributes.unfit(viewer, stretch.edge_rows)
-        edge_limit = np.zeros(len(stretch.edge_rows), np.int64)
-        for code, name in reversed(list(enumerate(LIMITS, start=1))):
-            edge_limit[broken[name]] = code
+        edge_limit = first_broken(self._viewers.attributes, viewer, stretch.edge_rows)
         of_edge = np.bincount(edge_limit, minlength=1 + len(LIMITS))[1:]
         return _Held(stretch, bits, count, taken - of_edge, edge_limit)

@@ -11,7 +11,7 @@ def are_set(bits: np.ndarray, rows_N: np.ndarray) -> np.ndarray:
 
 
 def switch(bits: np.ndarray, rows_N: np.ndarray, on: bool) -> None:
-    """Set or clear distinct rows' bits in place."""
+    """Set or clear rows' bits in place; a row may come twice."""
     masks = np.left_shift(1, rows_N & 7).astype(np.uint8)
     if on:
         np.bitwise_or.at(bits, rows_N >> 3, masks)

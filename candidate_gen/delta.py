@@ -13,6 +13,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from candidate_gen.bits import are_set
+
 BLOCK = 4096
 NO_VIDEO = int(np.iinfo(np.int64).min)
 """Id that pads a result; no video may have it."""
@@ -182,6 +184,5 @@ def permitted(base_rows_M: np.ndarray, allowed_bits: np.ndarray) -> np.ndarray:
     """True where a video is new (row 0) or the bit of its base row is set."""
     ok_M = base_rows_M == 0
     known = np.flatnonzero(~ok_M)
-    rows = base_rows_M[known]
-    ok_M[known] = (allowed_bits[rows >> 3] >> (rows & 7).astype(np.uint8)) & 1
+    ok_M[known] = are_set(allowed_bits, base_rows_M[known])
     return ok_M

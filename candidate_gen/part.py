@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from candidate_gen.bits import are_set, switch
 from candidate_gen.delta import NO_VIDEO, Found, permitted
 from candidate_gen.index import Excluded, RowFilter, VideoIndex
 
@@ -84,10 +85,8 @@ class Part:
 def _without(allowed: RowFilter, rows_M: np.ndarray) -> tuple[RowFilter, np.ndarray]:
     """The same bits less those of rows, and the rows that had one."""
     rows_M = np.unique(rows_M[rows_M > 0])
-    mask_M = (1 << (rows_M & 7)).astype(np.uint8)
-    had_M = (allowed.bits[rows_M >> 3] & mask_M) > 0
-    rows_M, mask_M = rows_M[had_M], mask_M[had_M]
+    rows_M = rows_M[are_set(allowed.bits, rows_M)]
     if not len(rows_M):
         return allowed, rows_M
-    np.bitwise_and.at(allowed.bits, rows_M >> 3, ~mask_M)
+    switch(allowed.bits, rows_M, on=False)
     return RowFilter(allowed.bits, allowed.count - len(rows_M), everything=False), rows_M

@@ -91,6 +91,14 @@ class ViewerBitmaps:
         return bits, left, np.array(taken)
 
 
+def first_broken(limits: Attributes, viewer: Viewer, rows_N: np.ndarray) -> np.ndarray:
+    """(N,) int64: 0 where the viewer may be shown the row, else 1 + the place in LIMITS of the first to forbid it."""
+    code_N, unfit = np.zeros(len(rows_N), np.int64), limits.unfit(viewer, rows_N)
+    for code, name in reversed(list(enumerate(LIMITS, start=1))):
+        code_N[unfit[name]] = code
+    return code_N
+
+
 def _step(thresholds: tuple[int, ...], reached: int, first: int) -> tuple[int, ...]:
     """The bitmap of the highest threshold reached; none where that is the last, which bars nobody."""
     place = bisect_right(thresholds, reached) - 1

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from candidate_gen.timeline import REASONS, Lifetimes
-from candidate_gen.viewers import LIMITS
+from candidate_gen.viewers import LIMITS, first_broken
 from features.eligibility import NO_BEGIN_MS, NO_END_MS, Attributes, Viewer
 
 _NONE = np.zeros(0, np.int64)
@@ -87,8 +87,8 @@ class Lot:
     ) -> dict[str, int]:
         """How many each of REASONS and LIMITS takes, a row counting for the first; O are the rows `outside`."""
         by_time = np.bincount(life_O.reasons(now_ms, max_age_ms), minlength=1 + len(REASONS))[1:]
-        by_limit = np.bincount(_first_broken(limits, viewer, self.key_C), self.count_C, 1 + len(LIMITS))[1:]
-        twice = np.bincount(_first_broken(limits, viewer, key_O), minlength=1 + len(LIMITS))[1:]
+        by_limit = np.bincount(first_broken(limits, viewer, self.key_C), self.count_C, 1 + len(LIMITS))[1:]
+        twice = np.bincount(first_broken(limits, viewer, key_O), minlength=1 + len(LIMITS))[1:]
         counts = [*by_time.tolist(), *(by_limit.astype(np.int64) - twice).tolist()]
         return dict(zip((*REASONS, *LIMITS), counts, strict=True))
 
@@ -150,14 +150,6 @@ class Arrivals:
         """Shown rows by these authors."""
         found = authors[_among(self._authors, authors)]
         return np.concatenate([_NONE, *(self._rows_of[author] for author in found.tolist())])
-
-
-def _first_broken(limits: Attributes, viewer: Viewer, key_N: np.ndarray) -> np.ndarray:
-    """(N,) int64: 0 where the viewer may be shown the row, else 1 + the place in LIMITS of the first to forbid it."""
-    code_N, unfit = np.zeros(len(key_N), np.int64), limits.unfit(viewer, key_N)
-    for code, name in reversed(list(enumerate(LIMITS, start=1))):
-        code_N[unfit[name]] = code
-    return code_N
 
 
 def _among(sorted_M: np.ndarray, values_N: np.ndarray) -> np.ndarray:

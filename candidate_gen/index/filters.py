@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from candidate_gen.bits import are_set
+
 Excluded = np.ndarray | Sequence[np.ndarray]
 """One array for every query, or a sequence of one array a query; int64, in any order, also twice, also out of range."""
 _NONE = np.zeros(0, np.int64)
@@ -58,8 +60,7 @@ def distinct(rows: np.ndarray, bits: np.ndarray) -> np.ndarray:
 def has(bits: np.ndarray, rows: np.ndarray) -> np.ndarray:
     """(len(rows),) bool: the bit of each row; rows beyond the bitmap have none."""
     inside = (rows >= 0) & (rows < 8 * len(bits))
-    at = np.where(inside, rows, 0)
-    return inside & ((bits[at >> 3] >> (at & 7).astype(np.uint8)) & 1).astype(bool)
+    return inside & are_set(bits, np.where(inside, rows, 0))
 
 
 def places(lists: Sequence[np.ndarray], rows_M: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -14,6 +14,8 @@ from typing import Any
 import faiss as _faiss
 import numpy as np
 
+from candidate_gen.bits import switch
+
 faiss: Any = _faiss
 
 
@@ -33,12 +35,12 @@ class Masks:
         rows = rows[(rows >= 0) & (rows < self._n_rows)]
         if not hasattr(self._own, "bits"):
             self._own.bits = np.full(-(-self._n_rows // 8), 255, np.uint8)
-        bits, at = self._own.bits, rows >> 3
-        np.bitwise_and.at(bits, at, ~np.left_shift(1, rows & 7).astype(np.uint8))
+        bits = self._own.bits
+        switch(bits, rows, on=False)
         try:
             yield bits
         finally:
-            bits[at] = 255
+            bits[rows >> 3] = 255
 
 
 def parameters(probes: int, factor: float, selector: Any) -> Any:

@@ -22,21 +22,20 @@ import zipfile
 from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Literal
 
 import torch
+from torch import nn
 from torch.utils import _pytree as pytree
 
-from ranking import frozen
-from ranking.frozen import FrozenRanker, Request, Shape, Weights, fold
+from ranking import frozen, products
+from ranking.frozen import FrozenRanker, Request, Shape, fold
 from ranking.infer import Engine, Ranker
 from ranking.model import config_fields
 from ranking.native import NativeCode
+from ranking.products import DenseType, Weights
 from ranking.requests import Places
 
-DenseType = Literal["fp32", "bf16"]
-DTYPES: dict[DenseType, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
-TOLERANCE: dict[DenseType, float] = {"fp32": 1e-4, "bf16": 0.05}
+TOLERANCE: dict[DenseType, float] = {"fp32": 1e-4, "bf16": 0.05, "int8": 0.1}
 """How far a logit may be off, as a share of 1 + its size."""
 MOST = 1 << 20
 """Requests, candidates of each, videos, events of a history."""
@@ -61,7 +60,7 @@ def best_dense_type() -> DenseType:
 def package_path(ranker: Ranker, dense: DenseType, cache: Path) -> Path:
     """Where the code for this ranker's shape lies: named by everything that it depends on."""
     about = {
-        "source": inspect.getsource(frozen),
+        "source": inspect.getsource(frozen) + inspect.getsource(products),
         "config": config_fields(ranker.config),
         "sizes": {**asdict(ranker.sizes), "user_table_rows": None, "video_table_rows": None},
         "dense": dense,
@@ -79,7 +78,7 @@ def load_engine(ranker: Ranker, dense: DenseType, cache: Path) -> Engine | None:
         return None
     _own(cache)
     code = NativeCode(path, AT_ONCE)
-    weights = pytree.tree_leaves(fold(ranker.dense, ranker.config, ranker.sizes, DTYPES[dense]))
+    weights = pytree.tree_leaves(fold(ranker.dense, ranker.config, ranker.sizes, dense))
 
     def run(request: Request) -> torch.Tensor:
         return code([*weights, *request])
@@ -101,19 +100,24 @@ def compile_package(ranker: Ranker, dense: DenseType, cache: Path) -> Path:
     path = package_path(ranker, dense, cache)
     cache.mkdir(parents=True, exist_ok=True, mode=0o700)
     _own(cache)
-    net = FrozenRanker(Shape.of(ranker.config, ranker.sizes)).eval()
-    weights = fold(ranker.dense, ranker.config, ranker.sizes, DTYPES[dense])
+    net = FrozenRanker(Shape.of(ranker.config, ranker.sizes))
+    weights = fold(ranker.dense, ranker.config, ranker.sizes, dense)
     probe = ranker.probe((3, 3))
     example = tuple(ranker.request(probe, Places.of(probe)))
-    with TemporaryDirectory(dir=cache, prefix=".compiling-") as folder, torch.no_grad():
-        exported = torch.export.export(net, (weights, example), dynamic_shapes=_dynamic(weights))
+    compile_module(net, (weights, example), _dynamic(weights), path)
+    return path
+
+
+def compile_module(net: nn.Module, arguments: tuple, dynamic: tuple, path: Path) -> None:
+    """Any module without parameters of its own, tensors to one tensor, into a library that `NativeCode` calls."""
+    with TemporaryDirectory(dir=path.parent, prefix=".compiling-") as folder, torch.no_grad():
+        exported = torch.export.export(net.eval(), arguments, dynamic_shapes=dynamic)
         package = str(Path(folder) / "scorer.pt2")
         # One thread a request: many requests fill the cores better than many threads a request.
         torch._inductor.aoti_compile_and_package(exported, package_path=package, inductor_configs={"cpp.threads": 1})
         with zipfile.ZipFile(package) as archive:
             (library,) = (name for name in archive.namelist() if name.endswith(".so"))
             os.replace(archive.extract(library, folder), path)
-    return path
 
 
 def _dynamic(weights: Weights) -> tuple:
@@ -139,7 +143,7 @@ def main() -> None:
     """Compile for one ranker's shape, unless that was done."""
     parser = argparse.ArgumentParser(prog="ranking.compiled", description="Compile a ranker's scorer for this machine.")
     parser.add_argument("folder", type=Path, help="a ranker: RUN/ranker, or the folder `ranker` of a bundle")
-    parser.add_argument("--dense", choices=DTYPES, default=best_dense_type(), help="precision of large products")
+    parser.add_argument("--dense", choices=TOLERANCE, default=best_dense_type(), help="precision of large products")
     parser.add_argument("--cache", type=Path, default=default_cache(), help="default: %(default)s")
     options = parser.parse_args()
     ranker, start = Ranker.load(options.folder), time.perf_counter()

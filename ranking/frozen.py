@@ -18,9 +18,10 @@ from torch.nn.functional import embedding, layer_norm, linear, silu
 
 from features.counters import WIDTH_PER_KEY
 from features.inputs import AGE_WIDTH
+from ranking import products
 from ranking.model import RankerConfig, RankerSizes
+from ranking.products import DenseType, Weights, product
 
-Weights = dict[str, torch.Tensor]
 NORM_EPS = 1e-5
 """As in `nn.LayerNorm`."""
 
@@ -113,11 +114,11 @@ class FrozenRanker(nn.Module):
         shape = self.shape
         candidate_NC = r.candidate_dense_BMC.flatten(0, 1)[:, shape.candidate_skipped :]
         user_B1H = linear(r.user_dense_BD[:, : shape.user_dense], w["dense.user"], w["dense.bias"]).unsqueeze(1)
-        item_NH = _product(torch.cat([video_dense_NF, candidate_NC], dim=1), w["dense.item"])
+        item_NH = product(w, "dense.item", torch.cat([video_dense_NF, candidate_NC], dim=1))
         both_BMH = item_NH.view(*r.candidate_BM.shape, -1) + user_B1H
         hidden_BMH, direct_BMT = both_BMH[..., : -shape.outputs], both_BMH[..., -shape.outputs :]
         for layer in range(1, shape.bottom_layers):
-            hidden_BMH = _product(silu(hidden_BMH), w[f"bottom.{layer}"], w[f"bottom.{layer}.bias"])
+            hidden_BMH = product(w, f"bottom.{layer}", silu(hidden_BMH))
         return silu(hidden_BMH), direct_BMT
 
     def _attend(
@@ -144,17 +145,17 @@ class FrozenRanker(nn.Module):
 
     def _cross(self, w: Weights, user_BF: torch.Tensor, item_BMF: torch.Tensor) -> torch.Tensor:
         x0_BMF = torch.cat([user_BF.unsqueeze(1).expand(-1, item_BMF.shape[1], -1), item_BMF], dim=2)
-        low_BMR = _product(item_BMF, w["cross.0.down.item"]) + linear(user_BF, w["cross.0.down.user"]).unsqueeze(1)
-        x_BMF = x0_BMF * _product(low_BMR, w["cross.0.up"], w["cross.0.up.bias"]) + x0_BMF
+        low_BMR = product(w, "cross.0.down.item", item_BMF) + linear(user_BF, w["cross.0.down.user"]).unsqueeze(1)
+        x_BMF = x0_BMF * product(w, "cross.0.up", low_BMR) + x0_BMF
         for layer in range(1, self.shape.cross_layers):
-            low_BMR = _product(x_BMF, w[f"cross.{layer}.down"])
-            x_BMF = x0_BMF * _product(low_BMR, w[f"cross.{layer}.up"], w[f"cross.{layer}.up.bias"]) + x_BMF
+            low_BMR = product(w, f"cross.{layer}.down", x_BMF)
+            x_BMF = x0_BMF * product(w, f"cross.{layer}.up", low_BMR) + x_BMF
         return x_BMF
 
     def _mixture(self, w: Weights, x_BMF: torch.Tensor) -> torch.Tensor:
         shape, n = self.shape, x_BMF.shape[:2]
         x_NF = layer_norm(x_BMF.flatten(0, 1), x_BMF.shape[-1:], eps=NORM_EPS)
-        hidden_gate_NG = _product(x_NF, w["mixture.in"], w["mixture.in.bias"])
+        hidden_gate_NG = product(w, "mixture.in", x_NF)
         gates = shape.outputs * shape.experts
         hidden_NEH = silu(hidden_gate_NG[:, :-gates]).unflatten(-1, (shape.experts, -1))
         gate_NTE = hidden_gate_NG[:, -gates:].unflatten(-1, (shape.outputs, shape.experts)).softmax(-1)
@@ -162,36 +163,29 @@ class FrozenRanker(nn.Module):
         expert_NEO = torch.bmm(hidden_NEH.transpose(0, 1).to(out_EHO.dtype), out_EHO).transpose(0, 1).float()
         norm, shift = w["mixture.norm"], w["mixture.norm.bias"]
         expert_NEO = silu(layer_norm(expert_NEO, norm.shape, norm, shift, NORM_EPS))
-        opinion_NET = _product(expert_NEO, w["mixture.head"])
+        opinion_NET = product(w, "mixture.head", expert_NEO)
         return (gate_NTE * opinion_NET.transpose(1, 2)).sum(-1).view(*n, -1)
-
-
-def _product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """A linear layer in the weight's precision; its result in float32, which everything between products is in."""
-    return linear(x.to(weight.dtype), weight, bias).float()
 
 
 def _by_head(x_BXA: torch.Tensor, heads: int) -> torch.Tensor:
     return x_BXA.unflatten(-1, (heads, -1)).transpose(1, 2)
 
 
-def fold(state: Mapping[str, torch.Tensor], config: RankerConfig, sizes: RankerSizes, dtype: torch.dtype) -> Weights:
-    """The dense part of a `RankerModel.state_dict()` as `FrozenRanker` reads it; `dtype`: of the large products."""
+def fold(state: Mapping[str, torch.Tensor], config: RankerConfig, sizes: RankerSizes, dense: DenseType) -> Weights:
+    """The dense part of a `RankerModel.state_dict()` as `FrozenRanker` reads it; `dense`: of products a candidate."""
     shape, w = Shape.of(config, sizes), Weights()
 
-    def keep(name: str, weight: torch.Tensor, bias: torch.Tensor | None = None, kind: torch.dtype = dtype) -> None:
-        w[name] = weight.to(kind).contiguous()
-        if bias is not None:
-            w[f"{name}.bias"] = bias.to(kind).contiguous()
+    def keep(name: str, weight: torch.Tensor, bias: torch.Tensor | None = None, kind: DenseType = dense) -> None:
+        products.keep(w, name, weight, bias, kind)
 
     def layer(name: str) -> tuple[torch.Tensor, torch.Tensor]:
         return state[f"{name}.weight"], state[f"{name}.bias"]
 
-    exact = torch.float32
+    exact: DenseType = "fp32"
     (first, first_bias), (direct, direct_bias) = layer("bottom.0"), layer("direct")
-    dense = torch.cat([first, direct])
-    keep("dense.user", dense[:, : shape.user_dense], kind=exact)
-    keep("dense.item", dense[:, shape.user_dense :])
+    both = torch.cat([first, direct])
+    keep("dense.user", both[:, : shape.user_dense], kind=exact)
+    keep("dense.item", both[:, shape.user_dense :])
     keep("dense.bias", torch.cat([first_bias, direct_bias]), kind=exact)
     for number in range(1, shape.bottom_layers):
         keep(f"bottom.{number}", *layer(f"bottom.{2 * number}"))  # activations lie between

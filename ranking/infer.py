@@ -56,7 +56,7 @@ class Ranker:
         self.config, self.sizes, self.tasks = config, sizes, sizes.tasks
         self.dense, self.tables = dense, tables
         self._watch, self._calibration = watch, calibration
-        net, weights = FrozenRanker(Shape.of(config, sizes)), fold(dense, config, sizes, torch.float32)
+        net, weights = FrozenRanker(Shape.of(config, sizes)), fold(dense, config, sizes, "fp32")
         self.plain = Engine("plain fp32", lambda request: net(weights, tuple(request)), 0.0)
         self._engine = self.plain
 
@@ -78,9 +78,9 @@ class Ranker:
         dense, tables = read_state(folder, config, sizes, saved.get("tables", "fp32"))
         return cls(config, sizes, dense, tables, WatchQuantiles.from_json(saved["watch_quantiles"]), calibration)
 
-    def probe(self, candidates: Sequence[int]) -> Inputs:
+    def probe(self, candidates: Sequence[int], seed: int = 1) -> Inputs:
         """Random requests with so many candidates each."""
-        return random_requests(self.sizes, candidates, seed=1)
+        return random_requests(self.sizes, candidates, seed)
 
     @property
     def engine(self) -> str:
@@ -118,12 +118,14 @@ class Ranker:
         parts = zip(np.split(scores.probability_NT, ends), np.split(scores.watch_ms_N, ends), strict=True)
         return [Scores(self.tasks, probability_NT, watch_ms_N) for probability_NT, watch_ms_N in parts]
 
-    def logits(self, inputs: Inputs) -> tuple[np.ndarray, np.ndarray]:
-        """Before calibration: logits (N, T), and the logit of the watch-time quantile (N,)."""
+    def logits(self, inputs: Inputs, by: Engine | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """Before calibration: logits (N, T), and the logit of the watch-time quantile (N,); `by`: not the usual engine.
+
+        Raises ValueError naming an input that is not finite or beyond its table."""
         _check_finite(inputs)
         if len(inputs.candidate_N) == 0:
             return np.zeros((0, len(self.tasks)), np.float32), np.zeros(0, np.float32)
-        raw_NT = self._raw(inputs, self._engine)
+        raw_NT = self._raw(inputs, by or self._engine)
         if not np.isfinite(raw_NT).all():
             raise RuntimeError("the ranker gave a score that is not finite from finite inputs: its weights are damaged")
         return raw_NT[:, :-1], raw_NT[:, -1]

@@ -202,12 +202,13 @@ class _Fbgemm:
         }
 
     def pooled(self, slots_NW: torch.Tensor, widths: tuple[int, ...]) -> torch.Tensor:
-        values, lengths = [], []
-        for slots in slots_NW.split(widths, 1):
-            there = slots >= 0
-            values.append(slots[there])
-            lengths.append(there.sum(1))
+        if slots_NW.shape[1] == len(widths):  # one slot a feature: no loop over them
+            slots = [slots_NW.t().reshape(-1, 1)]
+        else:
+            slots = list(slots_NW.split(widths, 1))
+        there = [part >= 0 for part in slots]
+        indices = torch.cat([part[mask] for part, mask in zip(slots, there, strict=True)])
         offsets = torch.zeros(len(slots_NW) * len(widths) + 1, dtype=torch.int64)
-        torch.cumsum(torch.cat(lengths), 0, out=offsets[1:])
+        torch.cumsum(torch.cat([mask.sum(1) for mask in there]), 0, out=offsets[1:])
         lookup = torch.ops.fbgemm.int_nbit_split_embedding_codegen_lookup_function
-        return lookup(indices=torch.cat(values), offsets=offsets, **self._arguments)
+        return lookup(indices=indices, offsets=offsets, **self._arguments)

@@ -70,3 +70,10 @@ def test_a_block_of_another_size_is_refused() -> None:
     layout = TableLayout(("id",), (10,), DIM, "int8")
     with pytest.raises(ValueError, match="should be 200 bytes of int8 rows, found 199"):
         Tables(layout, torch.zeros(199, dtype=torch.uint8), torch.device("cpu"))
+
+
+def test_features_of_one_slot_each_are_looked_up_alike() -> None:
+    given = [(name, table) for name, table in floats() if name != "tags"]
+    tables, slots_N2 = Tables.encode(given, "int8"), torch.from_numpy(slots(2)[:, [0, 5]])
+    slots_N2[::7] = -1
+    np.testing.assert_allclose(tables.pooled(slots_N2, (1, 1)), tables.pooled_plainly(slots_N2, (1, 1)), atol=1e-7)

@@ -83,7 +83,7 @@ def load_engine(ranker: Ranker, dense: DenseType, cache: Path) -> Engine | None:
     def run(request: Request) -> torch.Tensor:
         return code([*weights, *request])
 
-    return Engine(f"compiled {dense}", run, TOLERANCE[dense])
+    return ranker.engine_of(f"compiled {dense}", run, TOLERANCE[dense])
 
 
 def compile_apart(folder: Path, dense: DenseType, cache: Path) -> None:

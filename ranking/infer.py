@@ -36,7 +36,8 @@ class Engine(NamedTuple):
     """Something that computes what `FrozenRanker` does with one ranker's weights, and how far it may be off."""
 
     name: str
-    run: Callable[[Request], torch.Tensor]
+    run: Callable[[Inputs, Places], np.ndarray]
+    """Requests and where their candidates stand -> (B, M, T + 1), the logit of the watch-time quantile last."""
     tolerance: float
     """Largest difference of a logit, as a share of 1 + its size."""
 
@@ -57,7 +58,7 @@ class Ranker:
         self.dense, self.tables = dense, tables
         self._watch, self._calibration = watch, calibration
         net, weights = FrozenRanker(Shape.of(config, sizes)), fold(dense, config, sizes, "fp32")
-        self.plain = Engine("plain fp32", lambda request: net(weights, tuple(request)), 0.0)
+        self.plain = self.engine_of("plain fp32", lambda request: net(weights, tuple(request)), 0.0)
         self._engine = self.plain
 
     @classmethod
@@ -130,14 +131,22 @@ class Ranker:
             raise RuntimeError("the ranker gave a score that is not finite from finite inputs: its weights are damaged")
         return raw_NT[:, :-1], raw_NT[:, -1]
 
+    def engine_of(self, name: str, compute: Callable[[Request], torch.Tensor], tolerance: float) -> Engine:
+        """An engine whose tables are looked up here, on the CPU."""
+
+        def run(inputs: Inputs, places: Places) -> np.ndarray:
+            return compute(self.request(inputs, places)).numpy()
+
+        return Engine(name, run, tolerance)
+
     def request(self, inputs: Inputs, places: Places) -> Request:
-        """What an engine computes on."""
+        """Looked up and laid out."""
         return to_request(inputs, places, self.tables["user"], self.tables["video"])
 
     def _raw(self, inputs: Inputs, engine: Engine) -> np.ndarray:
         places = Places.of(inputs)
         with torch.inference_mode():
-            return places.gather(engine.run(self.request(inputs, places)).numpy())
+            return places.gather(engine.run(inputs, places))
 
 
 def read_state(

@@ -53,23 +53,54 @@ class Places:
         return values_BM[0] if self.shape[0] == 1 else values_BM[self.owner_N, self.place_N]
 
 
+@dataclass(frozen=True, slots=True)
+class Slots:
+    """Rows of one side's tables by entity, -1 for absent, and how many slots are each feature's."""
+
+    rows: torch.Tensor
+    widths: tuple[int, ...]
+
+
+def read_slots(inputs: Inputs, side: str, layout: TableLayout) -> Slots:
+    """Of "user" or "video"; raises ValueError naming a feature whose row its table has not."""
+    columns = inputs.user_columns if side == "user" else inputs.video_columns
+    sparse_NW = inputs.user_sparse_BW if side == "user" else inputs.video_sparse_UW
+    picked_W, widths = layout.pick(columns)
+    slots_NW = sparse_NW[:, picked_W]
+    limits_W = np.repeat(layout.rows, widths)
+    if (slots_NW >= limits_W).any():
+        n, w = np.argwhere(slots_NW >= limits_W)[0]
+        name = str(np.repeat(layout.names, widths)[w])
+        raise ValueError(
+            f"ranker input {side} feature {name!r} is row {slots_NW[n, w]} at {n}; its table has {limits_W[w]} rows"
+        )
+    return Slots(_tensor(slots_NW.astype(np.int64, copy=False)), widths)
+
+
+def to_tensors(inputs: Inputs, places: Places) -> dict[str, torch.Tensor]:
+    """The fields of a `Request` that are not looked up, candidates laid out."""
+    return {
+        "user_dense_BD": _tensor(inputs.user_dense_BD),
+        "surface_B": _tensor(inputs.surface_B),
+        "video_dense_UD": _tensor(inputs.video_dense_UD),
+        "history_BL": _tensor(inputs.history_BL),
+        "history_events_BLS": _tensor(
+            np.concatenate([inputs.history_signals_BLS, inputs.history_watch_BL[..., None]], axis=-1)
+        ),
+        "history_gap_BL": _tensor(inputs.history_gap_BL),
+        "history_length_B": _tensor(inputs.history_length_B),
+        "candidate_BM": _tensor(places.spread(inputs.candidate_N)),
+        "candidate_dense_BMC": _tensor(places.spread(inputs.candidate_dense_NC)),
+    }
+
+
 def to_request(inputs: Inputs, places: Places, user: Tables, video: Tables) -> Request:
     """Look the tables up and lay the candidates out."""
-    user_slots_BW, user_widths = _slots(inputs.user_sparse_BW, user.layout, inputs, "user_columns")
-    video_slots_UW, video_widths = _slots(inputs.video_sparse_UW, video.layout, inputs, "video_columns")
-    events_BLS = np.concatenate([inputs.history_signals_BLS, inputs.history_watch_BL[..., None]], axis=-1)
+    of_user, of_video = read_slots(inputs, "user", user.layout), read_slots(inputs, "video", video.layout)
     return Request(
-        user_BE=user.pooled(user_slots_BW, user_widths),
-        user_dense_BD=_tensor(inputs.user_dense_BD),
-        surface_B=_tensor(inputs.surface_B),
-        video_UE=video.pooled(video_slots_UW, video_widths),
-        video_dense_UD=_tensor(inputs.video_dense_UD),
-        history_BL=_tensor(inputs.history_BL),
-        history_events_BLS=_tensor(events_BLS),
-        history_gap_BL=_tensor(inputs.history_gap_BL),
-        history_length_B=_tensor(inputs.history_length_B),
-        candidate_BM=_tensor(places.spread(inputs.candidate_N)),
-        candidate_dense_BMC=_tensor(places.spread(inputs.candidate_dense_NC)),
+        user_BE=user.pooled(of_user.rows, of_user.widths),
+        video_UE=video.pooled(of_video.rows, of_video.widths),
+        **to_tensors(inputs, places),
     )
 
 
@@ -130,22 +161,6 @@ def random_requests(sizes: RankerSizes, candidates_B: Sequence[int], seed: int, 
         slot_N=np.zeros(n_candidates, np.int64),
         extra_X=np.zeros(0, np.int64),
     )
-
-
-def _slots(
-    sparse_NW: np.ndarray, layout: TableLayout, inputs: Inputs, columns: str
-) -> tuple[torch.Tensor, tuple[int, ...]]:
-    picked_W, widths = layout.pick(getattr(inputs, columns))
-    slots_NW = sparse_NW[:, picked_W]
-    limits_W = np.repeat(layout.rows, widths)
-    if (slots_NW >= limits_W).any():
-        n, w = np.argwhere(slots_NW >= limits_W)[0]
-        name = str(np.repeat(layout.names, widths)[w])
-        raise ValueError(
-            f"ranker input {columns.removesuffix('_columns')} feature {name!r} is row {slots_NW[n, w]} at {n}; "
-            f"its table has {limits_W[w]} rows"
-        )
-    return _tensor(slots_NW.astype(np.int64, copy=False)), widths
 
 
 def _tensor(array: np.ndarray) -> torch.Tensor:

@@ -115,8 +115,7 @@ class Tables:
             )
         self.layout = layout
         self._rows_RB = block.to(device).view(sum(layout.rows), -1)
-        starts = np.cumsum((0, *layout.rows[:-1]))
-        self._first_row = dict(zip(layout.names, starts.tolist(), strict=True))
+        self._first_rows: dict[tuple[int, ...], torch.Tensor] = {}
         self._kernel = _Fbgemm(layout, self._rows_RB) if device.type == "cpu" and _has_fbgemm() else None
 
     @classmethod
@@ -151,9 +150,11 @@ class Tables:
 
     def pooled_plainly(self, slots_NW: torch.Tensor, widths: tuple[int, ...]) -> torch.Tensor:
         """The same by gathers of torch alone: on any device, and inside a captured graph."""
-        first_W = [self._first_row[name] for name, w in zip(self.layout.names, widths, strict=True) for _ in range(w)]
+        if widths not in self._first_rows:  # kept on the device: a captured graph may not copy from the host
+            first_W = np.repeat(np.cumsum((0, *self.layout.rows[:-1])), widths)
+            self._first_rows[widths] = torch.from_numpy(first_W).to(slots_NW.device)
         there_NW = slots_NW >= 0
-        rows_NW = slots_NW.clamp(min=0) + torch.tensor(first_W, device=slots_NW.device)
+        rows_NW = slots_NW.clamp(min=0) + self._first_rows[widths]
         vectors = decode_rows(self._rows_RB.index_select(0, rows_NW.flatten()), self.layout.precision)
         vectors_NWD = vectors.view(*slots_NW.shape, -1) * there_NW.unsqueeze(2)
         return torch.cat(list(_means(vectors_NWD, there_NW, widths)), dim=1)
@@ -202,10 +203,8 @@ class _Fbgemm:
         }
 
     def pooled(self, slots_NW: torch.Tensor, widths: tuple[int, ...]) -> torch.Tensor:
-        if slots_NW.shape[1] == len(widths):  # one slot a feature: no loop over them
-            slots = [slots_NW.t().reshape(-1, 1)]
-        else:
-            slots = list(slots_NW.split(widths, 1))
+        single = slots_NW.shape[1] == len(widths)  # one slot a feature: no loop over them
+        slots = [slots_NW.t().reshape(-1, 1)] if single else list(slots_NW.split(widths, 1))
         there = [part >= 0 for part in slots]
         indices = torch.cat([part[mask] for part, mask in zip(slots, there, strict=True)])
         offsets = torch.zeros(len(slots_NW) * len(widths) + 1, dtype=torch.int64)

@@ -195,7 +195,7 @@ def test_an_engine_that_answers_differently_is_not_used(tmp_path: Path) -> None:
     ranker, inputs = Ranker.load(tmp_path), asked(20)
     before = of_ranker(ranker, inputs)
     for wrong in (0.01, float("nan")):
-        broken = Engine("broken", lambda request, by=wrong: ranker.plain.run(request) + by, 1e-3)
+        broken = Engine("broken", lambda inputs, places, by=wrong: ranker.plain.run(inputs, places) + by, 1e-3)
         with pytest.raises(ArithmeticError, match="the broken scorer differs from the plain one"):
             ranker.accelerate(broken)
     assert ranker.engine == "plain fp32"

@@ -1,4 +1,4 @@
-"""Capture for NVIDIA's GPUs: CUDA graphs. The only module of the scorer that names a vendor."""
+"""Capture for NVIDIA's GPUs: CUDA graphs. The only module of the scorer that names a vendor (`device.capture_of`)."""
 
 from __future__ import annotations
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from importlib import import_module
 from typing import NamedTuple
 
 import numpy as np
@@ -83,6 +84,14 @@ class DeviceScorer:
         }
         fields = {name: tensor for name, tensor in given.items() if not name.endswith("_slots")}
         return self._net(self._weights, tuple(Request(**fields, **looked_up)))
+
+
+def capture_of(device: torch.device) -> Capture:
+    """Of the module `ranking.TYPE`, TYPE being torch's word for the device; without it kernels are launched singly."""
+    try:
+        return import_module(f"ranking.{device.type}").capture
+    except ModuleNotFoundError:
+        return lambda compute: compute
 
 
 def device_engine(ranker: Ranker, device: torch.device, dense: DenseType, capture: Capture) -> Engine:

@@ -16,12 +16,9 @@ from features.batch import to_batch
 from features.inputs import Inputs
 from ranking.calibrate import Calibration
 from ranking.compiled import (
-    CompilerError,
     best_dense_type,
-    compile_apart,
     compile_package,
     load_engine,
-    package_path,
 )
 from ranking.freeze import freeze
 from ranking.infer import Engine, Ranker
@@ -275,14 +272,3 @@ def test_code_that_others_could_have_written_is_not_loaded(compiled: tuple[Path,
             load_engine(Ranker.load(folder), best_dense_type(), cache)
     finally:
         cache.chmod(0o700)
-
-
-def test_a_machine_without_a_compiler_is_told_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    exported(tmp_path / "ranker")
-    monkeypatch.setenv("CXX", "/nonexistent/c++")
-    monkeypatch.setenv("PATH", "/nonexistent")
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
-    with pytest.raises(CompilerError, match="compiling the scorer ended with"):
-        compile_apart(tmp_path / "ranker", best_dense_type(), tmp_path / "cache")
-    ranker = Ranker.load(tmp_path / "ranker")
-    assert not package_path(ranker, best_dense_type(), tmp_path / "cache").exists()

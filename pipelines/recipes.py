@@ -20,6 +20,7 @@ from candidate_gen.model import TowerConfig
 from features.spec import Categorical, Content, FeatureSpec, MultiValued, Numeric
 from pipelines.trainer import TrainConfig
 from ranking.model import RankerConfig
+from ranking.tables import Precision
 from serving.config import FeedConfig
 
 
@@ -87,6 +88,8 @@ class Recipe:
     towers_train: TrainConfig = field(default_factory=TrainConfig)
     ranker: RankerConfig = field(default_factory=RankerConfig)
     ranker_train: TrainConfig = field(default_factory=TrainConfig)
+    tables: Precision = "int8"
+    """The ranker's embedding tables in a bundle."""
     index: IndexConfig = field(default_factory=IndexConfig)
     feed: FeedConfig = field(default_factory=FeedConfig)
     gate: GateConfig = field(default_factory=GateConfig)

@@ -48,12 +48,14 @@ from pipelines.evaluate_retrieval import (
     tower_recall,
     user_vectors,
 )
+from pipelines.evaluate_tables import describe, evaluate_tables
 from pipelines.gate import GateError, Verdict, judge, passed, to_rows
 from pipelines.recipes import Split
 from pipelines.sharding import plan_table
 from pipelines.train import Job, train_all
 from pipelines.trainer import Progress
 from pipelines.workspace import Workspace
+from ranking.freeze import freeze
 from ranking.infer import Ranker
 from ranking.model import RankerConfig
 from ranking.train import RankerTask
@@ -203,7 +205,7 @@ def publish(ws: Workspace, stage: Stage, *, force: bool = False, device: str = "
         videos=_table(ws.canonical, "videos"),
         follows=ingestion.load_table(ws.canonical, "follows"),
         towers_dir=ws.towers,
-        ranker_dir=ws.ranker,
+        ranker_dir=ws.frozen_ranker,
         index=index,
         feed_config=ws.recipe.feed,
         metrics=metrics,
@@ -286,7 +288,8 @@ def _collect(trained: Path, out: Path) -> None:
 def _ranking(
     ws: Workspace, dataset: Dataset, split: Split, events: pl.DataFrame, oracle: Oracle | None, stage: Stage
 ) -> dict:
-    ranker, e = Ranker.load(ws.ranker), dataset.examples
+    made = freeze(ws.ranker, ws.frozen_ranker, ws.recipe.tables)
+    ranker, e = Ranker.load(ws.frozen_ranker), dataset.examples
     rows = dataset.rows_on(split.test)
     probability_NT, watch_ms_N = score_examples(
         dataset, ranker, rows, lambda n: stage.progress(f"ranking: {n:,} of {len(rows):,} rows")
@@ -298,7 +301,11 @@ def _ranking(
     t = ranker.tasks.index("long_view")
     labels = e.signals[rows, SIGNALS.index("long_view")]
     undated = ingestion.load_table(ws.canonical, "undated")
+    stage.progress("ranking: what coded tables cost")
+    tables = evaluate_tables(dataset, Ranker.load(ws.ranker), ranker, rows, made)
+    stage.details.append(describe(tables))
     return {
+        "tables": tables,
         "ranking": evaluate_tasks(
             dataset, rows, ranker.tasks, probability_NT, dataset.rows_on(split.validation), truth
         ),

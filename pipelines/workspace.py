@@ -70,6 +70,11 @@ class Workspace:
         return self.root / "ranker"
 
     @property
+    def frozen_ranker(self) -> Path:
+        """The ranker as a bundle carries it, which is what evaluation judges."""
+        return self.root / "ranker-frozen"
+
+    @property
     def training(self) -> Path:
         """Checkpoints and training results."""
         return self.root / "training"

@@ -1,7 +1,8 @@
 """The main path: one request through the funnel. Knows nothing of gRPC or Ray; server, golden check and replay call it.
 
-K candidates of a pool, S slots of a slate, T tasks. Stages go down a ladder instead of failing: without time (or
-without a working ranker) candidates stand in retrieval order, without retrieval the popular list answers.
+K candidates of a pool, S slots of a slate, T tasks. Stages go down a ladder instead of failing: without the store
+the bundle's own histories count, without time (or a working ranker) candidates stand in retrieval order, without
+retrieval the popular list answers, and without that the bundle's static list.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from ranking.value import Scores, terms, values
 from serving.bundle import FeedBundle
 from serving.filters import Rules
 from serving.hydrate import Query, hydrate, model_inputs
-from serving.limits import MAX_POOL, check_candidates, check_page
+from serving.limits import MAX_K, MAX_POOL, check_candidates, check_page
 from serving.messages import (
     CandidatesResponse,
     Event,
@@ -32,8 +33,8 @@ from serving.messages import (
     RankedResponse,
     ServedItem,
 )
-from serving.retrieve import popular_pool, retrieve_pool
-from serving.store import ServedRow, Store
+from serving.retrieve import popular_pool, retrieve_pool, static_pool
+from serving.store import ServedRow, Store, StoreUnavailableError, UserState
 from serving.trace import Deadline, StageCosts, Trace
 
 _log = logging.getLogger(__name__)
@@ -75,6 +76,16 @@ class Feed:
         scored = self._rank(query, pool, trace)
         slate = self._arrange(scored, request, trace)
         return self._respond(query, scored, slate, request, trace)
+
+    def rescue(self, request: FeedRequest, deadline: Deadline, reason: str) -> FeedResponse:
+        """The popular page, computed beside a full one that does not come: store, models and index are left alone."""
+        check_page(request, self.bundle.config.surfaces)
+        request = replace(request, request_id=request.request_id or uuid.uuid4().hex)
+        trace = Trace(deadline, StageCosts())
+        trace.degrade(Level.POPULAR, reason)
+        query = self._hydrate(request.user_id, request.now_ms, request.surface, trace)
+        scored = _in_pool_order(self._retrieve(query, request, request.k + MAX_K, trace))
+        return self._respond(query, scored, self._arrange(scored, request, trace), request, trace)
 
     def retrieve(self, request: FeedRequest, deadline: Deadline = NO_DEADLINE) -> CandidatesResponse:
         """The first `request.k` candidates (up to MAX_POOL), without the ranker."""
@@ -122,6 +133,8 @@ class Feed:
             value_N=value_N,
             unknown=np.flatnonzero(rows_N == 0),
             stages=tuple(trace.stages),
+            level=trace.level,
+            degraded_reason=trace.degraded_reason,
         )
 
     def value_candidates(self, user_id: int, ts_ms: int, surface: str | None, video_ids: np.ndarray) -> np.ndarray:
@@ -149,7 +162,7 @@ class Feed:
         with trace.stage("hydrate") as stage:
             query = hydrate(
                 self.bundle,
-                self.store.user(user_id),
+                self._user(user_id, trace),
                 user_id=user_id,
                 now_ms=now_ms or self._clock_ms(),
                 surface=surface or self.bundle.config.surfaces[0],
@@ -157,19 +170,41 @@ class Feed:
             stage.received = stage.kept = int(query.history.length_B[0])
         return query
 
+    def _user(self, user_id: int, trace: Trace) -> UserState:
+        """Live events, or what is at hand of them: a store that hangs costs no more than it promised to."""
+        if trace.level >= Level.POPULAR or self.store.patience_ms > trace.deadline.remaining_ms:
+            return self.store.at_hand(user_id)
+        try:
+            return self.store.user(user_id)
+        except StoreUnavailableError as error:
+            _log.warning("a page without live events: %s", error)
+            trace.degrade(Level.FEATURES_MISSING, "the store does not answer")
+            return self.store.at_hand(user_id)
+
     def _retrieve(self, query: Query, request: FeedRequest, k: int, trace: Trace) -> Pool:
+        rules = Rules.of(
+            self.bundle,
+            query,
+            np.asarray(request.excluded_video_ids, dtype=np.int64),
+            np.asarray(request.blocked_author_ids, dtype=np.int64),
+            request.viewer,
+        )
+        try:
+            return self._searched(query, rules, k, trace)
+        except Exception as error:
+            _log.exception("not even the popular list answers; the bundle's static list does")
+            trace.degrade(Level.STATIC, f"the popular list failed: {type(error).__name__}")
+        with trace.stage("static") as stage:
+            return static_pool(self.bundle, query, rules, k, stage)
+
+    def _searched(self, query: Query, rules: Rules, k: int, trace: Trace) -> Pool:
         with trace.stage("filter") as stage:
-            rules = Rules.of(
-                self.bundle,
-                query,
-                np.asarray(request.excluded_video_ids, dtype=np.int64),
-                np.asarray(request.blocked_author_ids, dtype=np.int64),
-                request.viewer,
-            )
             allowed, stage.removed = rules.allowed()
             stage.received = len(self.bundle.videos)
             stage.kept = stage.received - sum(stage.removed.values())
-        if not trace.affords("retrieve", "arrange", "respond"):
+        if trace.level >= Level.POPULAR:
+            pass
+        elif not trace.affords("retrieve", "arrange", "respond"):
             trace.degrade(Level.POPULAR, "no time left to retrieve")
         else:
             try:
@@ -182,7 +217,7 @@ class Feed:
             return popular_pool(self.bundle, query, rules, allowed, k, stage)
 
     def _rank(self, query: Query, pool: Pool, trace: Trace) -> Scored:
-        if trace.level == Level.POPULAR or len(pool.rows_K) == 0:
+        if trace.level >= Level.POPULAR or len(pool.rows_K) == 0:
             return _in_pool_order(pool)
         if not trace.affords("rank", "arrange", "respond"):
             trace.degrade(Level.RETRIEVAL_ORDER, "no time left to rank")
@@ -227,6 +262,7 @@ class Feed:
         with trace.stage("respond") as stage:
             items = self._items(scored, slate)
             policy_id = self._policy_id(request, trace.level)
+            trace.deadline.claim()
             if items:
                 self.store.log_served([self._served_row(item, query, request, policy_id) for item in items])
             stage.received = stage.kept = len(items)

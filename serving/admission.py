@@ -23,6 +23,8 @@ class Admission:
     """A call is begun when it is expected to end within this share of its time: the rest is for what varies."""
     SMOOTHING = 0.1
     """Weight of the newest interval between departures."""
+    UNMEASURED = 4
+    """Times `at_once` that may be in flight before anything has left: nothing is known of the pace yet."""
     STALL_S = 0.25
     """A busy server that nothing leaves for this long, and for 20 of its usual intervals, hangs in a dependency."""
 
@@ -38,6 +40,8 @@ class Admission:
         """Count a call in; raises OverloadError for one that would end too late."""
         if self.in_flight >= self._most:
             raise OverloadError(f"{self._most} calls are in flight")
+        if self._interval_s == 0.0 and self.in_flight >= self.UNMEASURED * self._at_once:
+            raise OverloadError("the server has just begun")
         expected_ms = (self.in_flight + 1) * self._interval_s * 1000.0
         if self.in_flight >= self._at_once and expected_ms > self.SHARE * deadline.remaining_ms:
             raise OverloadError(

@@ -17,10 +17,12 @@ import numpy as np
 import xxhash
 
 from candidate_gen.blend import Pool
-from ranking.arrange import Slate
+from candidate_gen.timeline import HOUR_MS
+from ranking.arrange import Candidates, Slate
 from ranking.arrange import arrange as fill_slots
 from ranking.value import Scores, terms, values
 from serving.bundle import FeedBundle
+from serving.feedback import lost_to_dislikes
 from serving.filters import Rules
 from serving.hydrate import Query, hydrate, model_inputs
 from serving.limits import MAX_K, MAX_POOL, check_candidates, check_page
@@ -34,6 +36,7 @@ from serving.messages import (
     ServedItem,
 )
 from serving.retrieve import popular_pool, retrieve_pool, static_pool
+from serving.session import Session, topics
 from serving.store import ServedRow, Store, StoreUnavailableError, UserState
 from serving.trace import Deadline, StageCosts, Trace
 
@@ -69,23 +72,25 @@ class Feed:
     def get_feed(self, request: FeedRequest, deadline: Deadline = NO_DEADLINE) -> FeedResponse:
         """The next k videos, with the reason for each and for every one that is missing."""
         check_page(request, self.bundle.config.surfaces)
-        request = replace(request, request_id=request.request_id or uuid.uuid4().hex)
+        request, session = _begun(request)
         trace = Trace(deadline, self._costs)
         query = self._hydrate(request.user_id, request.now_ms, request.surface, trace)
         pool = self._retrieve(query, request, self.bundle.config.blend.k, trace)
-        scored = self._rank(query, pool, trace)
-        slate = self._arrange(scored, request, trace)
-        return self._respond(query, scored, slate, request, trace)
+        scored = self._less_disliked(query, self._rank(query, pool, trace))
+        slate = self._arrange(query, scored, request, session, trace)
+        return self._respond(query, scored, slate, request, session, trace)
 
     def rescue(self, request: FeedRequest, deadline: Deadline, reason: str) -> FeedResponse:
         """The popular page, computed beside a full one that does not come: store, models and index are left alone."""
         check_page(request, self.bundle.config.surfaces)
-        request = replace(request, request_id=request.request_id or uuid.uuid4().hex)
+        request, session = _begun(request)
         trace = Trace(deadline, StageCosts())
         trace.degrade(Level.POPULAR, reason)
         query = self._hydrate(request.user_id, request.now_ms, request.surface, trace)
-        scored = _in_pool_order(self._retrieve(query, request, request.k + MAX_K, trace))
-        return self._respond(query, scored, self._arrange(scored, request, trace), request, trace)
+        pool = self._retrieve(query, request, request.k + MAX_K, trace)
+        scored = self._less_disliked(query, _in_pool_order(pool))
+        slate = self._arrange(query, scored, request, session, trace)
+        return self._respond(query, scored, slate, request, session, trace)
 
     def retrieve(self, request: FeedRequest, deadline: Deadline = NO_DEADLINE) -> CandidatesResponse:
         """The first `request.k` candidates (up to MAX_POOL), without the ranker."""
@@ -243,22 +248,39 @@ class Feed:
             raise ArithmeticError("the ranker gave scores that are not finite")
         return scores, value_N
 
-    def _arrange(self, scored: Scored, request: FeedRequest, trace: Trace) -> Slate:
-        config = self.bundle.config.arrange
+    def _less_disliked(self, query: Query, scored: Scored) -> Scored:
+        """Values after the viewer's negative feedback; the loss is a term like the others."""
+        lost_K = lost_to_dislikes(self.bundle, query, scored.pool.rows_K, scored.value_K)
+        if lost_K is None:
+            return scored
+        term_K = scored.term_K | {"disliked": -lost_K} if scored.term_K else {}
+        return replace(scored, value_K=scored.value_K - lost_K, term_K=term_K)
+
+    def _arrange(self, query: Query, scored: Scored, request: FeedRequest, session: Session, trace: Trace) -> Slate:
+        config, rows_K = self.bundle.config.arrange, scored.pool.rows_K
         with trace.stage("arrange") as stage:
+            upload_ts_ms_K = self.bundle.upload_ts_ms[rows_K]
+            candidates = Candidates(
+                value_K=scored.value_K,
+                author_K=self.bundle.author_id[rows_K],
+                vector_KD=self.bundle.vectors[rows_K],
+                topic_K=topics(self.bundle, rows_K),
+                fresh_K=(upload_ts_ms_K >= 0) & (upload_ts_ms_K > query.now_ms - config.fresh_h * HOUR_MS),
+            )
             slate = fill_slots(
-                scored.value_K,
-                self.bundle.author_id[scored.pool.rows_K],
-                self.bundle.vectors[scored.pool.rows_K],
+                candidates,
                 config if request.explore else replace(config, explore=False),
                 request.k,
                 np.random.default_rng(xxhash.xxh64_intdigest(request.request_id.encode())),
+                session.shown(self.bundle),
             )
             stage.received, stage.kept = len(scored.value_K), len(slate.order_S)
             stage.removed = {"not_chosen": stage.received - stage.kept} if stage.received > stage.kept else {}
         return slate
 
-    def _respond(self, query: Query, scored: Scored, slate: Slate, request: FeedRequest, trace: Trace) -> FeedResponse:
+    def _respond(
+        self, query: Query, scored: Scored, slate: Slate, request: FeedRequest, session: Session, trace: Trace
+    ) -> FeedResponse:
         with trace.stage("respond") as stage:
             items = self._items(scored, slate)
             policy_id = self._policy_id(request, trace.level)
@@ -271,7 +293,7 @@ class Feed:
             pool_size = len(scored.pool.rows_K)
             cap = self.bundle.config.arrange.author_cap
             shortfall = f"{pool_size} candidates passed the filters" + (
-                f"; at most {cap} of one author fit in a slate" if pool_size > len(items) else ""
+                f"; at most {cap} of one author and no near copies fit in a slate" if pool_size > len(items) else ""
             )
         return FeedResponse(
             request_id=request.request_id,
@@ -284,6 +306,7 @@ class Feed:
             tasks=scored.scores.tasks if scored.scores is not None else (),
             items=items,
             stages=tuple(trace.stages),
+            next_page_token=session.token([item.video_id for item in items]),
         )
 
     def _items(self, scored: Scored, slate: Slate) -> tuple[ServedItem, ...]:
@@ -314,6 +337,15 @@ class Feed:
         greedy = "" if request.explore else "/greedy"
         lower = "" if level == Level.FULL else f"/{level.name.lower()}"
         return self._policy + greedy + lower
+
+
+def _begun(request: FeedRequest) -> tuple[FeedRequest, Session]:
+    """With an id, and with what its session has shown among what it excludes."""
+    session = Session.read(request.page_token)
+    if len(session.video_id_N):
+        excluded = np.concatenate([session.video_id_N, np.asarray(request.excluded_video_ids, np.int64)])
+        request = replace(request, excluded_video_ids=excluded)
+    return replace(request, request_id=request.request_id or uuid.uuid4().hex), session
 
 
 def _item(

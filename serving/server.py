@@ -19,9 +19,9 @@ from grpc_reflection.v1alpha import reflection
 
 from candidate_gen.index.device import is_cpu, resolve
 from features.artifacts import Registry
+from serving.handlers import SERVICE, add_to_server
 from serving.limits import MAX_MESSAGE_BYTES
 from serving.metrics import Metrics, Reading
-from serving.protos.reelrank.v1 import feed_pb2, feed_pb2_grpc
 from serving.security import AskToken, SecurityError, Tokens
 from serving.server_config import ServerConfig
 from serving.servicer import FeedServicer, Tracer
@@ -30,7 +30,6 @@ from serving.stores import open_store
 from serving.swap import LiveFeed
 
 _log = logging.getLogger(__name__)
-SERVICE = feed_pb2.DESCRIPTOR.services_by_name["FeedService"].full_name
 SWITCH_INTERVAL_S = 0.000_5
 """A thread that waits for the interpreter asks for it after this long; Python's 5 ms are a good part of an answer."""
 _ROOM_FOR_OTHERS = 256
@@ -72,7 +71,7 @@ class FeedServer:
             maximum_concurrent_rpcs=self.config.max_in_flight + _ROOM_FOR_OTHERS,
             options=[("grpc.max_receive_message_length", MAX_MESSAGE_BYTES), ("grpc.so_reuseport", 0)],
         )
-        feed_pb2_grpc.add_FeedServiceServicer_to_server(self._servicer, self._server)
+        add_to_server(self._servicer, self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         reflection.enable_server_reflection((SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server)
         self.port = self._bind()

@@ -180,7 +180,9 @@ class FeedServicer(feed_pb2_grpc.FeedServiceServicer):
 
         computed = self._workers.submit(compute, self._live.feed, deadline)
         computed.add_done_callback(ended)
-        return asyncio.wrap_future(computed)
+        answer = asyncio.wrap_future(computed)
+        answer.add_done_callback(lambda late: late.cancelled() or late.exception())  # nobody may be left to ask
+        return answer
 
     async def _page(self, asked: FeedRequest, deadline: Deadline) -> tuple[FeedResponse, pb.GetFeedResponse]:
         if self.admission.stalled:

@@ -21,11 +21,12 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from features.artifacts import Registry
 from serving.client import FeedClient
 from serving.export import export_events
+from serving.handlers import SERVICE
 from serving.limits import MAX_MESSAGE_BYTES
 from serving.messages import Event, Level, LogOutcome
 from serving.protos.reelrank.v1 import feed_pb2, feed_pb2_grpc
 from serving.security import SecurityError, ServerSecurity
-from serving.server import SERVICE, FeedServer, serve
+from serving.server import FeedServer, serve
 
 sys.path.insert(0, str(Path(__file__).parent))
 from servers import CONFIG, refused, running, subprocess_server

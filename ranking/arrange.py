@@ -17,7 +17,7 @@ UNKNOWN_AUTHOR = 0
 """Videos whose author is not known are not one author's: neither capped nor decayed."""
 NO_TOPIC = -1
 """Likewise for topics."""
-_REDUNDANCY = {"mmr": marginal_relevance, "ssd": spectral}
+MMR, SSD = "mmr", "ssd"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -32,7 +32,7 @@ class ArrangeConfig:
     """Likewise for the topic of `FeedConfig.topic_feature`: session fatigue. 1: off."""
     diversity: float = 0.1
     """Value lost by a video that repeats the last `window` ones entirely, in proportion for similar ones."""
-    diversity_by: str = "mmr"
+    diversity_by: str = MMR
     """`mmr`: by the most similar of them; `ssd`: by what they span together."""
     window: int = 5
     """Slots back that a video is compared with, into the session."""
@@ -63,10 +63,8 @@ class ArrangeConfig:
             )
         if self.temperature <= 0:
             raise ValueError("ArrangeConfig: temperature must be positive; for no exploration set explore=False")
-        if self.diversity_by not in _REDUNDANCY:
-            raise ValueError(
-                f"ArrangeConfig.diversity_by: {self.diversity_by!r}, expected one of {sorted(_REDUNDANCY)}"
-            )
+        if self.diversity_by not in (MMR, SSD):
+            raise ValueError(f"ArrangeConfig.diversity_by: {self.diversity_by!r}, expected one of {MMR!r} and {SSD!r}")
         if self.duplicate_cosine is not None and not 0 < self.duplicate_cosine <= 1:
             raise ValueError("ArrangeConfig.duplicate_cosine: give a cosine above 0 and up to 1, or null")
         if min((*self.uniform_slots, *self.fresh_slots), default=0) < 0 or self.fresh_h <= 0:
@@ -161,12 +159,12 @@ class _Walk:
         self.slot = 0
         self.open_K = np.ones(n, bool)
         self.of_author_K = np.zeros(n, np.int64)
-        self.author_times_K = _times(self.author_K, shown.author_N, UNKNOWN_AUTHOR)
-        self.topic_times_K = _times(self.topic_K, shown.topic_N, NO_TOPIC)
-        before = shown.vector_ND
-        self.recent: list[np.ndarray] = [] if before is None else list(_unit(before))
-        for vector_D in self.recent:
-            self._close_duplicates(vector_D)
+        author_times_K = _times(self.author_K, shown.author_N, UNKNOWN_AUTHOR)
+        topic_times_K = _times(self.topic_K, shown.topic_N, NO_TOPIC)
+        self.left_K = config.author_decay**author_times_K * config.topic_decay**topic_times_K
+        self.recent: list[tuple[np.ndarray, np.ndarray]] = []
+        for vector_D in () if shown.vector_ND is None else _unit(shown.vector_ND):
+            self._compare_with(vector_D)
 
     def choices(self) -> tuple[np.ndarray, np.ndarray]:
         """Candidates considered for the next slot, best first, and the probability of each (sums to 1)."""
@@ -193,23 +191,28 @@ class _Walk:
         if self.author_K[item] != UNKNOWN_AUTHOR:
             same_K = self.author_K == self.author_K[item]
             self.of_author_K += same_K
-            self.author_times_K += same_K
+            self.left_K[same_K] *= self.config.author_decay
         if self.topic_K[item] != NO_TOPIC:
-            self.topic_times_K += self.topic_K == self.topic_K[item]
-        self.recent.append(self.vector_KD[item])
-        self._close_duplicates(self.vector_KD[item])
+            self.left_K[self.topic_K == self.topic_K[item]] *= self.config.topic_decay
+        self._compare_with(self.vector_KD[item])
 
-    def _close_duplicates(self, vector_D: np.ndarray) -> None:
+    def _compare_with(self, vector_D: np.ndarray) -> None:
+        """Once a video shown: its vector, and every candidate's cosine with it."""
+        cosine_K = self.vector_KD @ vector_D
+        self.recent.append((vector_D, cosine_K))
         if self.config.duplicate_cosine is not None:
-            self.open_K &= self.vector_KD @ vector_D < self.config.duplicate_cosine - 1e-9
+            self.open_K &= cosine_K < self.config.duplicate_cosine - 1e-6
 
     def _adjusted(self) -> np.ndarray:
         config = self.config
-        left_K = config.author_decay**self.author_times_K * config.topic_decay**self.topic_times_K
-        lost_K = (1.0 - left_K) * np.abs(self.value_K)
+        lost_K = (1.0 - self.left_K) * np.abs(self.value_K)
         if config.diversity and config.window and self.recent:
-            recent_WD = np.stack(self.recent[-config.window :])
-            lost_K = lost_K + config.diversity * _REDUNDANCY[config.diversity_by](self.vector_KD, recent_WD)
+            vectors, cosines = zip(*self.recent[-config.window :], strict=True)
+            if config.diversity_by == MMR:
+                redundancy_K = marginal_relevance(np.stack(cosines))
+            else:
+                redundancy_K = spectral(self.vector_KD, np.stack(vectors))
+            lost_K = lost_K + config.diversity * redundancy_K
         return self.value_K - lost_K
 
 

@@ -8,9 +8,9 @@ from __future__ import annotations
 import numpy as np
 
 
-def marginal_relevance(vector_KD: np.ndarray, recent_WD: np.ndarray) -> np.ndarray:
+def marginal_relevance(cosine_WK: np.ndarray) -> np.ndarray:
     """(K,) cosine with the most similar of the recent, at least 0 (MMR, Carbonell and Goldstein, SIGIR 1998)."""
-    return np.maximum((vector_KD @ recent_WD.T).max(axis=1, initial=0.0), 0.0)
+    return np.maximum(cosine_WK.max(axis=0), 0.0)
 
 
 def spectral(vector_KD: np.ndarray, recent_WD: np.ndarray) -> np.ndarray:
@@ -21,11 +21,7 @@ def spectral(vector_KD: np.ndarray, recent_WD: np.ndarray) -> np.ndarray:
     for each window by a rank-revealing decomposition: the paper's running update of all candidates is cheaper for
     long windows, and drifts when the oldest video leaves.
     """
-    if len(recent_WD) == 0:
-        return np.zeros(len(vector_KD))
-    _, singular, basis_WD = np.linalg.svd(recent_WD.astype(np.float64), full_matrices=False)
-    basis_WD = basis_WD[singular > 1e-6 * max(singular[0], 1.0)]
-    norm2_K = np.einsum("kd,kd->k", vector_KD, vector_KD, dtype=np.float64)
+    _, singular, basis_WD = np.linalg.svd(recent_WD, full_matrices=False)
+    basis_WD = basis_WD[singular > 1e-6 * max(float(singular[0]), 1.0)]
     inside_K = np.square(vector_KD @ basis_WD.T).sum(axis=1)
-    outside_K = np.sqrt(np.clip(norm2_K - inside_K, 0.0, None))
-    return np.where(norm2_K > 0, 1.0 - np.minimum(outside_K, 1.0), 0.0)
+    return 1.0 - np.sqrt(np.clip(1.0 - inside_K, 0.0, None))

@@ -32,19 +32,19 @@ class Watched(threading.Thread):
 
     def __init__(self, pid: int, every_s: float) -> None:
         super().__init__(daemon=True)
-        self._process, self._every_s, self._stop = psutil.Process(pid), every_s, threading.Event()
+        self._process, self._every_s, self._ended = psutil.Process(pid), every_s, threading.Event()
         self.at_s: list[float] = []
         self.readings: list[tuple[float, int, int]] = []
 
     def run(self) -> None:
-        while not self._stop.wait(self._every_s):
+        while not self._ended.wait(self._every_s):
             p = self._process
             self.at_s.append(time.monotonic())
             self.readings.append((p.memory_info().rss / MIB, p.num_fds(), p.num_threads()))
 
     def end(self) -> tuple[np.ndarray, np.ndarray]:
         """Times and readings (N, 3)."""
-        self._stop.set()
+        self._ended.set()
         self.join()
         return np.array(self.at_s), np.array(self.readings)
 

@@ -45,7 +45,8 @@ SERVER = """
 import sys
 from pathlib import Path
 from candidate_gen.index import VideoIndex
-from serving.server import ServerConfig, serve
+from serving.server import serve
+from serving.server_config import ServerConfig
 registry, store, threads, combined = sys.argv[1:]
 if combined == "alone":
     VideoIndex.shares_work = lambda *_: False

@@ -36,7 +36,8 @@ K = 10
 SERVER = """
 import sys
 from pathlib import Path
-from serving.server import ServerConfig, serve
+from serving.server import serve
+from serving.server_config import ServerConfig
 config = ServerConfig(port=0, drain_notice_s=0)
 serve(Path(sys.argv[1]), Path(sys.argv[2]), config, lambda *ready: print(*ready, flush=True))
 """

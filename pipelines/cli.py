@@ -43,6 +43,10 @@ Data = Annotated[
     typer.Option("--data", help="A folder of KuaiRand's CSV files or of canonical tables, or a mapping file (.toml)."),
 ]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")]
+Ca = Annotated[Path | None, typer.Option("--ca", help="PEM of whoever signed the server's certificate; turns TLS on.")]
+Cert = Annotated[Path | None, typer.Option("--cert", help="This client's certificate, where the server asks for one.")]
+Key = Annotated[Path | None, typer.Option("--key", help="Its key.")]
+TokenFile = Annotated[Path | None, typer.Option("--token-file", help="File whose first token is sent.")]
 Force = Annotated[bool, typer.Option("--force", help="Publish although the gate refuses; noted in the manifest.")]
 
 
@@ -203,25 +207,54 @@ def rollback(registry: Annotated[Path, typer.Option("--registry", help="Where bu
 @app.command()
 def serve(
     registry: Annotated[Path, typer.Option("--registry", help="Where bundles are published.")],
-    store: Annotated[Path, typer.Option("--store", help="SQLite file of live events; made when missing.")] = Path(
-        "live.sqlite"
-    ),
+    store: Annotated[
+        str, typer.Option("--store", help="SQLite file of live events, made when missing; or redis://HOST:PORT/DB.")
+    ] = "live.sqlite",
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port; 0 lets the system choose.")] = 50051,
     insecure_public: Annotated[
         bool, typer.Option("--insecure-public", help="Allow an address that other machines reach, without TLS.")
     ] = False,
+    tls_cert: Annotated[Path | None, typer.Option("--tls-cert", help="PEM chain of the server; turns TLS on.")] = None,
+    tls_key: Annotated[Path | None, typer.Option("--tls-key", help="Its key.")] = None,
+    client_ca: Annotated[
+        Path | None, typer.Option("--client-ca", help="Only clients whose certificate it signed may connect (mTLS).")
+    ] = None,
+    tokens: Annotated[
+        Path | None, typer.Option("--tokens", help="File of bearer tokens, one a line; every call must bring one.")
+    ] = None,
+    metrics_port: Annotated[
+        int | None, typer.Option("--metrics-port", help="Prometheus metrics on this port; 0 lets the system choose.")
+    ] = None,
+    metrics_host: Annotated[str, typer.Option("--metrics-host", help="Address of the metrics.")] = "127.0.0.1",
+    otlp: Annotated[str | None, typer.Option("--otlp", help="OTLP/HTTP collector that gets traces.")] = None,
     threads: Annotated[int, typer.Option(min=1, help="Requests computed at once; each takes a core.")] = 2,
     device: Device = "cpu",
 ) -> None:
     """Serve the live bundle over gRPC and follow LIVE: publish and rollback need no restart."""
-    from serving.server import ServerConfig
+    from serving.security import ServerSecurity
     from serving.server import serve as serve_forever
+    from serving.server_config import ServerConfig
 
     serve_forever(
         registry,
         store,
-        ServerConfig(host=host, port=port, insecure_public=insecure_public, threads=threads, device=device),
+        ServerConfig(
+            host=host,
+            port=port,
+            security=ServerSecurity(
+                cert_file=tls_cert,
+                key_file=tls_key,
+                client_ca_file=client_ca,
+                token_file=tokens,
+                insecure_public=insecure_public,
+            ),
+            metrics_port=metrics_port,
+            metrics_host=metrics_host,
+            otlp=otlp,
+            threads=threads,
+            device=device,
+        ),
         on_ready=lambda address, version: print(f"serving on {address} (bundle {version})", flush=True),
     )
 
@@ -237,25 +270,37 @@ def feed(
     language: Annotated[list[str] | None, typer.Option(help="One of the viewer's, e.g. pt-BR. Repeatable.")] = None,
     age: Annotated[int | None, typer.Option(help="Years. Not given: as the bundle says, by default 0.")] = None,
     safety: Annotated[int | None, typer.Option(help="Highest safety level to be shown, 0 to 9.")] = None,
+    ca: Ca = None,
+    cert: Cert = None,
+    key: Key = None,
+    token_file: TokenFile = None,
 ) -> None:
     """Fetch a feed from a running server and print why each video is in it."""
     from features.eligibility import Viewer
     from pipelines.show import print_feed
+    from serving.security import ClientSecurity
 
     viewer = Viewer(region=region, languages=tuple(language or ()), age_years=age, max_safety_level=safety)
-    print_feed(address, user, k, surface, now_ms, viewer)
+    security = ClientSecurity(ca_file=ca, cert_file=cert, key_file=key, token_file=token_file)
+    print_feed(address, user, k, surface, now_ms, viewer, security)
 
 
 @app.command()
 def upload(
     videos: Annotated[Path, typer.Argument(help="Parquet file of canonical videos.", show_default=False)],
     address: Annotated[str, typer.Option(help="Where `reelrank serve` listens.")] = "127.0.0.1:50051",
+    ca: Ca = None,
+    cert: Cert = None,
+    key: Key = None,
+    token_file: TokenFile = None,
 ) -> None:
     """Send videos to a running server: each may be shown from its acknowledgement on. Sending them again is safe."""
     from pipelines.console import Stages
     from pipelines.upload import upload as send
+    from serving.security import ClientSecurity
 
-    outcome, left_out = send(videos, address, Stages())
+    security = ClientSecurity(ca_file=ca, cert_file=cert, key_file=key, token_file=token_file)
+    outcome, left_out = send(videos, address, Stages(), security)
     typer.echo(f"{outcome.added:,} new videos, {outcome.replaced:,} known ones replaced, {left_out.total():,} left out")
     if left_out:
         raise typer.Exit(EXIT_INPUT)
@@ -265,23 +310,31 @@ def upload(
 def remove(
     ids: Annotated[list[int], typer.Argument(help="Video ids; negative ones after `--`.", show_default=False)],
     address: Annotated[str, typer.Option(help="Where `reelrank serve` listens.")] = "127.0.0.1:50051",
+    ca: Ca = None,
+    cert: Cert = None,
+    key: Key = None,
+    token_file: TokenFile = None,
 ) -> None:
     """Remove videos from a running server: none is shown to any request after this returns."""
     from pipelines.upload import remove as send
+    from serving.security import ClientSecurity
 
-    outcome = send(ids, address)
+    outcome = send(ids, address, ClientSecurity(ca_file=ca, cert_file=cert, key_file=key, token_file=token_file))
     typer.echo(f"{outcome.removed:,} videos removed, {outcome.unknown:,} not known (and kept out from now on)")
 
 
 @app.command(name="export-events")
 def export_events(
-    store: Annotated[Path, typer.Option("--store", help="The store that `reelrank serve` writes.")],
+    store: Annotated[
+        str, typer.Option("--store", help="The store that `reelrank serve` writes: a file, or redis://..")
+    ],
     out: Annotated[Path, typer.Option(help="Folder for events/date=YYYY-MM-DD/, the canonical layout.")],
 ) -> None:
     """Write served and logged events as canonical tables, with their propensities: training and replay data."""
     from serving.export import export_events as export
+    from serving.stores import is_redis
 
-    if not store.exists():
+    if not is_redis(store) and not Path(store).exists():
         raise FileNotFoundError(f"{store} is not there: `reelrank serve --store` makes it")
     typer.echo(f"{export(store, out):,} events in {out / 'events'}")
 
@@ -426,12 +479,20 @@ def _exit_code(error: Exception) -> int | None:
     from pipelines.sequential.train import SequentialTrainingError
     from pipelines.train import TrainingError
     from serving.golden import GoldenError
+    from serving.store import StoreUnavailableError
 
     if isinstance(error, (SchemaError, IngestError, ReplayInputError, FileNotFoundError, ValueError)):
         return EXIT_INPUT
     if isinstance(error, GateError):
         return EXIT_REFUSED
-    failures = (ArtifactError, GoldenError, TrainingError, SequentialTrainingError, grpc.RpcError)
+    failures = (
+        ArtifactError,
+        GoldenError,
+        StoreUnavailableError,
+        TrainingError,
+        SequentialTrainingError,
+        grpc.RpcError,
+    )
     return EXIT_FAILED if isinstance(error, failures) else None
 
 

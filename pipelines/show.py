@@ -22,6 +22,7 @@ from pipelines.report import write_report
 from pipelines.run import save
 from pipelines.workspace import Workspace
 from serving.client import FeedClient
+from serving.security import ClientSecurity
 
 START_TIMEOUT_S = 120.0
 UNKNOWN_USER_ID = -1
@@ -79,9 +80,11 @@ def fetch_feeds(ws: Workspace, record: dict, shown: Stages, users: int) -> None:
     record["stages"] = shown.records()
 
 
-def print_feed(address: str, user_id: int, k: int, surface: str, now_ms: int, viewer: Viewer) -> None:
+def print_feed(
+    address: str, user_id: int, k: int, surface: str, now_ms: int, viewer: Viewer, security: ClientSecurity
+) -> None:
     """Fetch one feed from a running server and print it; tags are not on the wire."""
-    with FeedClient(address) as client:
+    with FeedClient(address, security=security) as client:
         feed = client.get_feed(user_id, k=k, surface=surface, viewer=viewer, now_ms=now_ms, timeout_s=10.0)
     output().print(_feed_table(_feed_record(user_id, feed, {})))
 

@@ -13,15 +13,18 @@ import pyarrow.parquet as pq
 
 from features.validate import validate
 from pipelines.console import Stages
-from serving.client import FeedClient
+from serving.client import PLAIN, FeedClient
 from serving.limits import MAX_MESSAGE_BYTES, MAX_REMOVALS, MAX_UPLOADS, VIDEO_COLUMNS
 from serving.messages import RemoveOutcome, UpsertOutcome, Video
+from serving.security import ClientSecurity
 
 TIMEOUT_S = 60.0
 _READ_ROWS = 10_000
 
 
-def upload(path: Path, address: str, shown: Stages) -> tuple[UpsertOutcome, Counter[str]]:
+def upload(
+    path: Path, address: str, shown: Stages, security: ClientSecurity = PLAIN
+) -> tuple[UpsertOutcome, Counter[str]]:
     """Send every row of a Parquet file that keeps the schema's rules; also counts, by reason, of those that do not.
 
     Raises ValueError, naming rows and field, for what the server refuses: the rows before are stored then.
@@ -30,7 +33,7 @@ def upload(path: Path, address: str, shown: Stages) -> tuple[UpsertOutcome, Coun
         raise FileNotFoundError(f"{path} is not there: give a Parquet file of canonical videos")
     added = replaced = 0
     left_out: Counter[str] = Counter()
-    with FeedClient(address, timeout_s=TIMEOUT_S) as client, shown.stage("upload") as stage:
+    with FeedClient(address, timeout_s=TIMEOUT_S, security=security) as client, shown.stage("upload") as stage:
         file = pq.ParquetFile(path)
         total, read = file.metadata.num_rows, 0
         for rows in file.iter_batches(_READ_ROWS):
@@ -46,10 +49,10 @@ def upload(path: Path, address: str, shown: Stages) -> tuple[UpsertOutcome, Coun
     return UpsertOutcome(added, replaced), left_out
 
 
-def remove(ids: Sequence[int], address: str) -> RemoveOutcome:
+def remove(ids: Sequence[int], address: str, security: ClientSecurity = PLAIN) -> RemoveOutcome:
     """Remove videos by id, however many."""
     removed = unknown = 0
-    with FeedClient(address, timeout_s=TIMEOUT_S) as client:
+    with FeedClient(address, timeout_s=TIMEOUT_S, security=security) as client:
         for start in range(0, len(ids), MAX_REMOVALS):
             outcome = client.remove_videos(ids[start : start + MAX_REMOVALS])
             removed, unknown = removed + outcome.removed, unknown + outcome.unknown

@@ -73,6 +73,8 @@ class FeedBundle:
     sources: tuple[Source, ...]
     uploads: UploadOrders
     eligibility: Eligibility | LiveEligibility
+    static_rows: np.ndarray
+    """See `Channels`."""
     created_ms: int
     """When it was published."""
     catalogue: Catalogue | None = None
@@ -125,6 +127,7 @@ class FeedBundle:
             sources=channels.sources,
             uploads=channels.uploads,
             eligibility=channels.eligibility,
+            static_rows=channels.static_rows,
             created_ms=created_ms,
         )
         loaded.check()

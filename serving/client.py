@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from types import TracebackType
 
-import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from features.eligibility import Viewer
@@ -25,15 +24,17 @@ from serving.messages import (
 )
 from serving.protos.reelrank.v1 import feed_pb2 as pb
 from serving.protos.reelrank.v1 import feed_pb2_grpc
+from serving.security import ClientSecurity
 
 NOBODY_KNOWN = Viewer()
+PLAIN = ClientSecurity()
 
 
 class FeedClient:
     """One channel; safe to share between threads. Times out after `timeout_s` unless a call says otherwise."""
 
-    def __init__(self, address: str, *, timeout_s: float = 5.0) -> None:
-        self._channel = grpc.insecure_channel(address)
+    def __init__(self, address: str, *, timeout_s: float = 5.0, security: ClientSecurity = PLAIN) -> None:
+        self._channel = security.channel(address)
         self._stub = feed_pb2_grpc.FeedServiceStub(self._channel)
         self._timeout_s = timeout_s
 
@@ -48,9 +49,10 @@ class FeedClient:
         blocked_author_ids: Iterable[int] = (),
         viewer: Viewer = NOBODY_KNOWN,
         now_ms: int = 0,
+        page_token: bytes = b"",
         timeout_s: float | None = None,
     ) -> FeedResponse:
-        """The next k videos; `excluded_video_ids` are those of the pages before. A `viewer` of whom nothing is said
+        """The next k videos; `page_token` is `next_page_token` of the page before. A `viewer` of whom nothing is said
         is taken to be the most limited one, unless the bundle's `filters.viewer` says otherwise."""
         request = pb.GetFeedRequest(
             user_id=user_id,
@@ -61,6 +63,7 @@ class FeedClient:
             blocked_author_ids=blocked_author_ids,
             viewer=wire.write_viewer(viewer),
             now_ms=now_ms,
+            page_token=page_token,
         )
         return wire.read_feed_response(self._stub.GetFeed(request, timeout=timeout_s or self._timeout_s))
 

@@ -31,6 +31,22 @@ class FilterConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class DislikeConfig:
+    """What a viewer's negative feedback takes from videos of the same author and topic. 0: off."""
+
+    author: float = 0.0
+    """Share of a (positive) value lost at once by the author's other videos; 1 puts them behind all others."""
+    topic: float = 0.0
+    """Likewise for the topic of `FeedConfig.topic_feature`."""
+    half_life_h: float = 168.0
+    """Hours after which half of that is forgiven."""
+
+    def __post_init__(self) -> None:
+        if not (0 <= self.author <= 1 and 0 <= self.topic <= 1 and self.half_life_h > 0):
+            raise ValueError("DislikeConfig: author and topic must lie in 0 .. 1, half_life_h must be positive")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class FeedConfig:
     """One feed."""
 
@@ -43,6 +59,9 @@ class FeedConfig:
     covisit: CovisitConfig = field(default_factory=CovisitConfig)
     popular_segment: str | None = None
     """A categorical user feature: the popular source then counts by surface and its value."""
+    topic_feature: str | None = None
+    """A categorical or multi-valued video feature; its first value is a video's topic, for fatigue and dislikes."""
+    dislikes: DislikeConfig = field(default_factory=DislikeConfig)
     value: ValueConfig = field(default_factory=ValueConfig)
     arrange: ArrangeConfig = field(default_factory=ArrangeConfig)
     filters: FilterConfig = field(default_factory=FilterConfig)

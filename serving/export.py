@@ -7,6 +7,8 @@ else, or logged with another video) keeps its feedback and has no source, policy
 from __future__ import annotations
 
 import sqlite3
+import tempfile
+from contextlib import closing
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -14,6 +16,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from features.schema import EVENTS
+from serving.store import Write, connect, insert
+from serving.stores import is_redis
 
 DAY_MS = 86_400_000
 _FROM_SERVED = ("surface", "source", "connected", "policy_id", "propensity", "bundle_version")
@@ -26,17 +30,30 @@ _QUERY = (
 )
 
 
-def export_events(store: Path, out: Path) -> int:
+def export_events(store: Path | str, out: Path) -> int:
     """Write `out/events/date=YYYY-MM-DD/log.parquet` (UTC days) from a store, also while a server writes to it.
 
-    Returns the number of rows. A day's file is replaced whole.
+    `store` is an SQLite file or an address of Redis. Returns the number of rows. A day's file is replaced whole.
     """
+    if is_redis(store):
+        with tempfile.TemporaryDirectory() as folder:
+            return export_events(_copied(str(store), Path(folder) / "log.sqlite"), out)
     database = sqlite3.connect(f"file:{store}?mode=ro", uri=True)
     try:
         days = [row[0] for row in database.execute("SELECT DISTINCT ts_ms / ? FROM events ORDER BY 1", (DAY_MS,))]
         return sum(_export_day(database, day, out) for day in days)
     finally:
         database.close()
+
+
+def _copied(url: str, path: Path) -> Path:
+    """Redis' event log as an SQLite file: one definition of what an impression joins with."""
+    from serving.redis_store import read_log
+
+    with closing(connect(path)) as database, database:
+        for events, served in read_log(url):
+            insert(database, Write(served=tuple(served), events=tuple(events)))
+    return path
 
 
 def _export_day(database: sqlite3.Connection, day: int, out: Path) -> int:

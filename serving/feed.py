@@ -1,7 +1,8 @@
 """The main path: one request through the funnel. Knows nothing of gRPC or Ray; server, golden check and replay call it.
 
-K candidates of a pool, S slots of a slate, T tasks. Stages go down a ladder instead of failing: without time (or
-without a working ranker) candidates stand in retrieval order, without retrieval the popular list answers.
+K candidates of a pool, S slots of a slate, T tasks. Stages go down a ladder instead of failing: without the store
+the bundle's own histories count, without time (or a working ranker) candidates stand in retrieval order, without
+retrieval the popular list answers, and without that the bundle's static list.
 """
 
 from __future__ import annotations
@@ -16,13 +17,15 @@ import numpy as np
 import xxhash
 
 from candidate_gen.blend import Pool
-from ranking.arrange import Slate
+from candidate_gen.timeline import HOUR_MS
+from ranking.arrange import Candidates, Slate
 from ranking.arrange import arrange as fill_slots
 from ranking.value import Scores, terms, values
 from serving.bundle import FeedBundle
+from serving.feedback import lost_to_dislikes
 from serving.filters import Rules
 from serving.hydrate import Query, hydrate, model_inputs
-from serving.limits import MAX_POOL, check_candidates, check_page
+from serving.limits import MAX_K, MAX_POOL, check_candidates, check_page
 from serving.messages import (
     CandidatesResponse,
     Event,
@@ -32,8 +35,9 @@ from serving.messages import (
     RankedResponse,
     ServedItem,
 )
-from serving.retrieve import popular_pool, retrieve_pool
-from serving.store import ServedRow, Store
+from serving.retrieve import popular_pool, retrieve_pool, static_pool
+from serving.session import Session, topics
+from serving.store import ServedRow, Store, StoreUnavailableError, UserState
 from serving.trace import Deadline, StageCosts, Trace
 
 _log = logging.getLogger(__name__)
@@ -68,13 +72,25 @@ class Feed:
     def get_feed(self, request: FeedRequest, deadline: Deadline = NO_DEADLINE) -> FeedResponse:
         """The next k videos, with the reason for each and for every one that is missing."""
         check_page(request, self.bundle.config.surfaces)
-        request = replace(request, request_id=request.request_id or uuid.uuid4().hex)
+        request, session = _begun(request)
         trace = Trace(deadline, self._costs)
         query = self._hydrate(request.user_id, request.now_ms, request.surface, trace)
         pool = self._retrieve(query, request, self.bundle.config.blend.k, trace)
-        scored = self._rank(query, pool, trace)
-        slate = self._arrange(scored, request, trace)
-        return self._respond(query, scored, slate, request, trace)
+        scored = self._less_disliked(query, self._rank(query, pool, trace))
+        slate = self._arrange(query, scored, request, session, trace)
+        return self._respond(query, scored, slate, request, session, trace)
+
+    def rescue(self, request: FeedRequest, deadline: Deadline, reason: str) -> FeedResponse:
+        """The popular page, computed beside a full one that does not come: store, models and index are left alone."""
+        check_page(request, self.bundle.config.surfaces)
+        request, session = _begun(request)
+        trace = Trace(deadline, StageCosts())
+        trace.degrade(Level.POPULAR, reason)
+        query = self._hydrate(request.user_id, request.now_ms, request.surface, trace)
+        pool = self._retrieve(query, request, request.k + MAX_K, trace)
+        scored = self._less_disliked(query, _in_pool_order(pool))
+        slate = self._arrange(query, scored, request, session, trace)
+        return self._respond(query, scored, slate, request, session, trace)
 
     def retrieve(self, request: FeedRequest, deadline: Deadline = NO_DEADLINE) -> CandidatesResponse:
         """The first `request.k` candidates (up to MAX_POOL), without the ranker."""
@@ -122,6 +138,8 @@ class Feed:
             value_N=value_N,
             unknown=np.flatnonzero(rows_N == 0),
             stages=tuple(trace.stages),
+            level=trace.level,
+            degraded_reason=trace.degraded_reason,
         )
 
     def value_candidates(self, user_id: int, ts_ms: int, surface: str | None, video_ids: np.ndarray) -> np.ndarray:
@@ -149,7 +167,7 @@ class Feed:
         with trace.stage("hydrate") as stage:
             query = hydrate(
                 self.bundle,
-                self.store.user(user_id),
+                self._user(user_id, trace),
                 user_id=user_id,
                 now_ms=now_ms or self._clock_ms(),
                 surface=surface or self.bundle.config.surfaces[0],
@@ -157,19 +175,41 @@ class Feed:
             stage.received = stage.kept = int(query.history.length_B[0])
         return query
 
+    def _user(self, user_id: int, trace: Trace) -> UserState:
+        """Live events, or what is at hand of them: a store that hangs costs no more than it promised to."""
+        if trace.level >= Level.POPULAR or self.store.patience_ms > trace.deadline.remaining_ms:
+            return self.store.at_hand(user_id)
+        try:
+            return self.store.user(user_id)
+        except StoreUnavailableError as error:
+            _log.warning("a page without live events: %s", error)
+            trace.degrade(Level.FEATURES_MISSING, "the store does not answer")
+            return self.store.at_hand(user_id)
+
     def _retrieve(self, query: Query, request: FeedRequest, k: int, trace: Trace) -> Pool:
+        rules = Rules.of(
+            self.bundle,
+            query,
+            np.asarray(request.excluded_video_ids, dtype=np.int64),
+            np.asarray(request.blocked_author_ids, dtype=np.int64),
+            request.viewer,
+        )
+        try:
+            return self._searched(query, rules, k, trace)
+        except Exception as error:
+            _log.exception("not even the popular list answers; the bundle's static list does")
+            trace.degrade(Level.STATIC, f"the popular list failed: {type(error).__name__}")
+        with trace.stage("static") as stage:
+            return static_pool(self.bundle, query, rules, k, stage)
+
+    def _searched(self, query: Query, rules: Rules, k: int, trace: Trace) -> Pool:
         with trace.stage("filter") as stage:
-            rules = Rules.of(
-                self.bundle,
-                query,
-                np.asarray(request.excluded_video_ids, dtype=np.int64),
-                np.asarray(request.blocked_author_ids, dtype=np.int64),
-                request.viewer,
-            )
             allowed, stage.removed = rules.allowed()
             stage.received = len(self.bundle.videos)
             stage.kept = stage.received - sum(stage.removed.values())
-        if not trace.affords("retrieve", "arrange", "respond"):
+        if trace.level >= Level.POPULAR:
+            pass
+        elif not trace.affords("retrieve", "arrange", "respond"):
             trace.degrade(Level.POPULAR, "no time left to retrieve")
         else:
             try:
@@ -182,7 +222,7 @@ class Feed:
             return popular_pool(self.bundle, query, rules, allowed, k, stage)
 
     def _rank(self, query: Query, pool: Pool, trace: Trace) -> Scored:
-        if trace.level == Level.POPULAR or len(pool.rows_K) == 0:
+        if trace.level >= Level.POPULAR or len(pool.rows_K) == 0:
             return _in_pool_order(pool)
         if not trace.affords("rank", "arrange", "respond"):
             trace.degrade(Level.RETRIEVAL_ORDER, "no time left to rank")
@@ -208,25 +248,43 @@ class Feed:
             raise ArithmeticError("the ranker gave scores that are not finite")
         return scores, value_N
 
-    def _arrange(self, scored: Scored, request: FeedRequest, trace: Trace) -> Slate:
-        config = self.bundle.config.arrange
+    def _less_disliked(self, query: Query, scored: Scored) -> Scored:
+        """Values after the viewer's negative feedback; the loss is a term like the others."""
+        lost_K = lost_to_dislikes(self.bundle, query, scored.pool.rows_K, scored.value_K)
+        if lost_K is None:
+            return scored
+        term_K = scored.term_K | {"disliked": -lost_K} if scored.term_K else {}
+        return replace(scored, value_K=scored.value_K - lost_K, term_K=term_K)
+
+    def _arrange(self, query: Query, scored: Scored, request: FeedRequest, session: Session, trace: Trace) -> Slate:
+        config, rows_K = self.bundle.config.arrange, scored.pool.rows_K
         with trace.stage("arrange") as stage:
+            upload_ts_ms_K = self.bundle.upload_ts_ms[rows_K]
+            candidates = Candidates(
+                value_K=scored.value_K,
+                author_K=self.bundle.author_id[rows_K],
+                vector_KD=self.bundle.vectors[rows_K],
+                topic_K=topics(self.bundle, rows_K),
+                fresh_K=(upload_ts_ms_K >= 0) & (upload_ts_ms_K > query.now_ms - config.fresh_h * HOUR_MS),
+            )
             slate = fill_slots(
-                scored.value_K,
-                self.bundle.author_id[scored.pool.rows_K],
-                self.bundle.vectors[scored.pool.rows_K],
+                candidates,
                 config if request.explore else replace(config, explore=False),
                 request.k,
                 np.random.default_rng(xxhash.xxh64_intdigest(request.request_id.encode())),
+                session.shown(self.bundle),
             )
             stage.received, stage.kept = len(scored.value_K), len(slate.order_S)
             stage.removed = {"not_chosen": stage.received - stage.kept} if stage.received > stage.kept else {}
         return slate
 
-    def _respond(self, query: Query, scored: Scored, slate: Slate, request: FeedRequest, trace: Trace) -> FeedResponse:
+    def _respond(
+        self, query: Query, scored: Scored, slate: Slate, request: FeedRequest, session: Session, trace: Trace
+    ) -> FeedResponse:
         with trace.stage("respond") as stage:
             items = self._items(scored, slate)
             policy_id = self._policy_id(request, trace.level)
+            trace.deadline.claim()
             if items:
                 self.store.log_served([self._served_row(item, query, request, policy_id) for item in items])
             stage.received = stage.kept = len(items)
@@ -235,7 +293,7 @@ class Feed:
             pool_size = len(scored.pool.rows_K)
             cap = self.bundle.config.arrange.author_cap
             shortfall = f"{pool_size} candidates passed the filters" + (
-                f"; at most {cap} of one author fit in a slate" if pool_size > len(items) else ""
+                f"; at most {cap} of one author and no near copies fit in a slate" if pool_size > len(items) else ""
             )
         return FeedResponse(
             request_id=request.request_id,
@@ -248,6 +306,7 @@ class Feed:
             tasks=scored.scores.tasks if scored.scores is not None else (),
             items=items,
             stages=tuple(trace.stages),
+            next_page_token=session.token([item.video_id for item in items]),
         )
 
     def _items(self, scored: Scored, slate: Slate) -> tuple[ServedItem, ...]:
@@ -278,6 +337,15 @@ class Feed:
         greedy = "" if request.explore else "/greedy"
         lower = "" if level == Level.FULL else f"/{level.name.lower()}"
         return self._policy + greedy + lower
+
+
+def _begun(request: FeedRequest) -> tuple[FeedRequest, Session]:
+    """With an id, and with what its session has shown among what it excludes."""
+    session = Session.read(request.page_token)
+    if len(session.video_id_N):
+        excluded = np.concatenate([session.video_id_N, np.asarray(request.excluded_video_ids, np.int64)])
+        request = replace(request, excluded_video_ids=excluded)
+    return replace(request, request_id=request.request_id or uuid.uuid4().hex), session
 
 
 def _item(

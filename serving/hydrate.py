@@ -13,8 +13,13 @@ import numpy as np
 
 from features.history import HistoryWindow, empty_window
 from features.inputs import Inputs, UserRows, assemble
+from features.schema import SIGNALS
 from serving.bundle import FeedBundle
 from serving.store import UserState
+
+_HATE = np.uint8(1 << SIGNALS.index("hate"))
+_DISLIKES = 64
+"""Kept a user: older ones have faded."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -32,6 +37,9 @@ class Query:
     """(E,) int64 rows of videos, distinct, ascending, without 0."""
     followed_authors: np.ndarray
     """int64, ascending."""
+    disliked_rows: np.ndarray
+    """(N,) int64 rows of videos that the user gave negative feedback, the last of them, and when."""
+    disliked_ts_ms: np.ndarray
     cold: bool
     """Neither the bundle nor the event log has met this user."""
 
@@ -42,6 +50,7 @@ def hydrate(bundle: FeedBundle, live: UserState, *, user_id: int, now_ms: int, s
     start, end = _base_range(bundle, user_row, now_ms)
     past_rows = np.asarray(bundle.history.video_row[start:end])
     seen = np.unique(np.concatenate([past_rows, bundle.videos.rows_of(live.seen_ids)]))
+    disliked_rows, disliked_ts_ms = _disliked(bundle, live, start, end, now_ms)
     followed = np.concatenate([bundle.follows_of(user_row), live.followed_authors])
     return Query(
         user_id=user_id,
@@ -52,6 +61,8 @@ def hydrate(bundle: FeedBundle, live: UserState, *, user_id: int, now_ms: int, s
         history=_merged_window(bundle, live, user_row, start, end, now_ms),
         seen_rows=seen[seen > 0],
         followed_authors=np.unique(followed),
+        disliked_rows=disliked_rows,
+        disliked_ts_ms=disliked_ts_ms,
         cold=user_row == 0 and len(live.seen_ids) == 0,
     )
 
@@ -79,6 +90,17 @@ def _base_range(bundle: FeedBundle, user_row: int, now_ms: int) -> tuple[int, in
     """Positions in the bundle's history log of the user's events strictly before the instant."""
     start, stop = (int(bundle.history.user_start[user_row + i]) for i in (0, 1))
     return start, start + int(np.searchsorted(bundle.history.ts_ms[start:stop], now_ms, side="left"))
+
+
+def _disliked(bundle: FeedBundle, live: UserState, start: int, end: int, now_ms: int) -> tuple[np.ndarray, np.ndarray]:
+    """Rows and instants of negative feedback strictly before now, the newest last."""
+    at = start + np.flatnonzero(bundle.history.signals[start:end] & _HATE)
+    live_E = (live.signals_E & _HATE).astype(bool) & (live.ts_ms_E < now_ms)
+    rows = np.concatenate([bundle.history.video_row[at], bundle.videos.rows_of(live.video_id_E[live_E])])
+    ts_ms = np.concatenate([bundle.history.ts_ms[at], live.ts_ms_E[live_E]])
+    distinct = np.unique(np.stack([rows, ts_ms]), axis=1) if len(rows) else np.zeros((2, 0), np.int64)
+    last = np.argsort(distinct[1], kind="stable")[-_DISLIKES:]
+    return distinct[0, last], distinct[1, last]
 
 
 def _merged_window(

@@ -12,11 +12,13 @@ from features.eligibility import Viewer
 
 
 class Level(IntEnum):
-    """How much of the funnel answered; the numbers are those of the proto."""
+    """How much of the funnel answered, from best to worst; the numbers are those of the proto."""
 
     FULL = 1
+    FEATURES_MISSING = 2
     RETRIEVAL_ORDER = 3
     POPULAR = 4
+    STATIC = 5
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -35,6 +37,8 @@ class FeedRequest:
     """Who is watching; what is not said is filled in from the bundle's `filters.viewer`."""
     now_ms: int = 0
     """The instant of the request; 0 is the feed's clock. Only what happened strictly before it is seen."""
+    page_token: bytes = b""
+    """`next_page_token` of the page before; empty begins a session."""
     explore: bool = True
     """False: the best slate without sampling, and nothing else of the configuration changed."""
 
@@ -48,6 +52,8 @@ class StageStats:
     kept: int
     removed: dict[str, int]
     ms: float
+    begin_ms: float = 0.0
+    """Counted from the request's arrival."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -84,6 +90,7 @@ class FeedResponse:
     tasks: tuple[str, ...]
     items: tuple[ServedItem, ...]
     stages: tuple[StageStats, ...]
+    next_page_token: bytes = b""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -117,6 +124,8 @@ class RankedResponse:
     unknown: np.ndarray
     """Positions of videos the bundle does not know."""
     stages: tuple[StageStats, ...]
+    level: Level = Level.FULL
+    degraded_reason: str = ""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

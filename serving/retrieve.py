@@ -38,6 +38,29 @@ def popular_pool(bundle: FeedBundle, query: Query, rules: Rules, allowed: Allowe
     return _checked(bundle, query, rules, retrieved, k, stage, allowed.count)
 
 
+def static_pool(bundle: FeedBundle, query: Query, rules: Rules, k: int, stage: Counts) -> Pool:
+    """What is left of the bundle's static list: arrays in memory, each video held against the rules."""
+    rows_K = bundle.static_rows
+    good_K = np.ones(len(rows_K), bool)
+    for reason, broken_K in rules.broken(rows_K, np.zeros(len(rows_K), bool)).items():
+        stage.removed[reason] = int((good_K & broken_K).sum())
+        good_K &= ~broken_K
+    stage.removed = {reason: count for reason, count in stage.removed.items() if count}
+    good = rows_K[good_K]
+    rows = good[:k]
+    stage.received, stage.kept = len(rows_K), len(rows)
+    if len(rows) < len(good):
+        stage.removed["not_retrieved"] = len(good) - len(rows)
+    return Pool(
+        rows_K=rows,
+        source_K=np.zeros(len(rows), np.int64),
+        sources=("static",),
+        score_K=np.linspace(1.0, 0.0, len(rows), dtype=np.float32),
+        found_by_KS=np.ones((len(rows), 1), bool),
+        connected_K=np.isin(bundle.author_id[rows], query.followed_authors),
+    )
+
+
 def _source_query(bundle: FeedBundle, query: Query, allowed: Allowed, vector_D: np.ndarray) -> SourceQuery:
     return SourceQuery(
         user_vector_D=vector_D,

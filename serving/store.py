@@ -66,11 +66,28 @@ class ServedRow:
     bundle_version: str
 
 
+class StoreUnavailableError(RuntimeError):
+    """The store does not answer, or not in time; nothing was acknowledged."""
+
+
+class StoreBusyError(RuntimeError):
+    """The event log is behind; the same events may be sent again, they count once."""
+
+
 class Store(Protocol):
     """What the feed needs of live events."""
 
+    @property
+    def patience_ms(self) -> float:
+        """The longest that `user` takes."""
+        ...
+
     def user(self, user_id: int) -> UserState:
-        """What is acknowledged of a user."""
+        """What is acknowledged of a user, in one read; raises StoreUnavailableError."""
+        ...
+
+    def at_hand(self, user_id: int) -> UserState:
+        """What can be said of a user without waiting: it may be old, or nothing."""
         ...
 
     def log_served(self, rows: Sequence[ServedRow]) -> None:
@@ -78,11 +95,59 @@ class Store(Protocol):
         ...
 
 
+class EventStore(Store, Protocol):
+    """What a server needs of its store, beyond the feed: `SqliteStore`, or `serving.redis_store.RedisStore`."""
+
+    served_dropped: int
+    """Slates that could not be kept."""
+    shared: bool
+    """Other servers write to it too."""
+
+    @property
+    def folder(self) -> Path:
+        """On this machine, for what a server makes of the store; not to be trusted after a restart."""
+        ...
+
+    @property
+    def waiting(self) -> int:
+        """Writes not yet done."""
+        ...
+
+    @property
+    def available(self) -> bool:
+        """Whether it answered last."""
+        ...
+
+    def log_events(self, events: Sequence[Event]) -> Future[LogOutcome]:
+        """Done once the events are durable and in `user`; raises StoreBusyError when too many writes wait."""
+        ...
+
+    def keep(self, said: Said) -> Future[int]:
+        """Done, with the number of the last change, once uploads or removals are durable; raises StoreBusyError."""
+        ...
+
+    def forget(self, numbers: Sequence[int]) -> Future[None]:
+        """Drop changes that no bundle to come will miss."""
+        ...
+
+    def changes(self, after: int) -> Iterable[Change]:
+        """Uploads and removals beyond a number: each video's last state, in order; raises StoreUnavailableError."""
+        ...
+
+    def close(self) -> None:
+        """Write what waits, then stop."""
+        ...
+
+
 class NoStore:
     """No live events and nothing logged: golden requests and replay see the bundle's histories alone."""
 
+    patience_ms = 0.0
+
     def user(self, user_id: int) -> UserState:
         return NOTHING_KNOWN
+
+    at_hand = user
 
     def log_served(self, rows: Sequence[ServedRow]) -> None:
         return None
@@ -98,12 +163,10 @@ class StoreConfig:
     """Writes that may wait for the writer; beyond it events are refused, and slates counted in `served_dropped`."""
 
 
-class StoreBusyError(RuntimeError):
-    """The event log is behind; the same events may be sent again, they count once."""
-
-
 @dataclass(frozen=True, slots=True)
-class _Write:
+class Write:
+    """What one transaction holds for somebody."""
+
     served: tuple[ServedRow, ...] = ()
     events: tuple[Event, ...] = ()
     said: Said | None = None
@@ -114,14 +177,18 @@ class _Write:
 class SqliteStore:
     """The embedded store: one file, one process."""
 
+    shared, available = False, True
+    patience_ms = 0.0
+    """Users lie in memory."""
+
     def __init__(self, path: Path, config: StoreConfig | None = None) -> None:
         self.config = config or StoreConfig()
         self.served_dropped = 0
         self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
         self._lock = _lock(path)
-        self._waiting: queue.Queue[_Write | None] = queue.Queue(self.config.max_waiting)
-        database = _connect(path)
+        self._waiting: queue.Queue[Write | None] = queue.Queue(self.config.max_waiting)
+        database = connect(path)
         self._number = upload_store.last_number(database)
         self._users = _all_users(database, self.config.recent_events)
         self._writer = threading.Thread(target=self._write, args=(database,), name="store-writer", daemon=True)
@@ -131,17 +198,29 @@ class SqliteStore:
         """One dictionary look-up; a state never changes, it is replaced."""
         return self._users.get(user_id, NOTHING_KNOWN)
 
+    at_hand = user
+
+    @property
+    def folder(self) -> Path:
+        """Beside the file."""
+        return self.path.with_name(self.path.name + ".index")
+
+    @property
+    def waiting(self) -> int:
+        """Writes not yet on disk."""
+        return self._waiting.qsize()
+
     def log_events(self, events: Sequence[Event]) -> Future[LogOutcome]:
         """Done once the events are on disk and in `user`; raises StoreBusyError when the writer is too far behind."""
-        return self._submit(_Write(events=tuple(events)))
+        return self._submit(Write(events=tuple(events)))
 
     def keep(self, said: Said) -> Future[int]:
         """Done, with the number of the last change, once uploads or removals are on disk; raises StoreBusyError."""
-        return self._submit(_Write(said=said))
+        return self._submit(Write(said=said))
 
     def forget(self, numbers: Sequence[int]) -> Future[None]:
         """Drop changes that no bundle to come will miss."""
-        return self._submit(_Write(forgotten=tuple(numbers)))
+        return self._submit(Write(forgotten=tuple(numbers)))
 
     def changes(self, after: int) -> Iterator[Change]:
         """What is on disk of uploads and removals beyond a number: each video's last state, in order."""
@@ -150,12 +229,12 @@ class SqliteStore:
     def log_served(self, rows: Sequence[ServedRow]) -> None:
         """Written in order with the events, so a slate is on disk no later than an event that answers it."""
         try:
-            self._waiting.put_nowait(_Write(served=tuple(rows)))
+            self._waiting.put_nowait(Write(served=tuple(rows)))
         except queue.Full:
             self.served_dropped += 1
             _log.warning("a slate was not logged: %d writes are waiting", self.config.max_waiting)
 
-    def _submit(self, write: _Write) -> Future[Any]:
+    def _submit(self, write: Write) -> Future[Any]:
         try:
             self._waiting.put_nowait(write)
         except queue.Full:
@@ -178,12 +257,12 @@ class SqliteStore:
             self._commit(database, [write for write in batch if write is not None])
         database.close()
 
-    def _commit(self, database: sqlite3.Connection, batch: list[_Write]) -> None:
+    def _commit(self, database: sqlite3.Connection, batch: list[Write]) -> None:
         outcomes, number = [], self._number
         try:
             with database:
                 for write in batch:
-                    outcome = _insert(database, write)
+                    outcome = insert(database, write)
                     if write.said is not None:
                         outcome = number = upload_store.insert(database, write.said, number)
                     outcomes.append(outcome)
@@ -225,7 +304,8 @@ _UPSERT = (  # only our own column names are formatted into SQL
 _READ = f"SELECT user_id, video_id, author_id, ts_ms, watch_ms, duration_ms, {_SIGNALS} FROM events"  # noqa: S608
 
 
-def _connect(path: Path) -> sqlite3.Connection:
+def connect(path: Path) -> sqlite3.Connection:
+    """An event log, made when missing."""
     database = sqlite3.connect(path, check_same_thread=False)
     database.execute("PRAGMA journal_mode=WAL")
     database.execute("PRAGMA synchronous=FULL")
@@ -243,7 +323,8 @@ def _lock(path: Path) -> TextIO:
     return handle
 
 
-def _insert(database: sqlite3.Connection, write: _Write) -> LogOutcome:
+def insert(database: sqlite3.Connection, write: Write) -> LogOutcome:
+    """Slates, events and what is forgotten; of events also what became of them."""
     for key in {(row.request_id, row.user_id) for row in write.served}:
         database.execute("DELETE FROM served WHERE request_id = ? AND user_id = ?", key)
     database.executemany(

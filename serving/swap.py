@@ -25,7 +25,7 @@ from serving.golden import NAME, check
 from serving.limits import check_removals, check_uploads
 from serving.live import LiveBundle
 from serving.messages import RemoveOutcome, UpsertOutcome, Video
-from serving.store import SqliteStore
+from serving.store import EventStore, StoreUnavailableError
 from serving.upload_store import Said
 
 KEPT_MS = 7 * 86_400_000
@@ -53,9 +53,9 @@ class LiveFeed:
     """`feed` is the one to use now; `poll` brings it up to date and is called from one background thread, `upsert` and
     `remove` from another."""
 
-    def __init__(self, registry: Registry, store: SqliteStore, config: LiveConfig, scan_on: str | None = None) -> None:
+    def __init__(self, registry: Registry, store: EventStore, config: LiveConfig, scan_on: str | None = None) -> None:
         self._registry, self._store, self._config, self._scan_on = registry, store, config, scan_on
-        self._folder = store.path.with_name(store.path.name + ".index")
+        self._folder = store.folder
         shutil.rmtree(self._folder, ignore_errors=True)
         self._refused: str | None = None
         self._polling, self._changing = threading.Lock(), threading.Lock()
@@ -63,6 +63,17 @@ class LiveFeed:
         self.feed = Feed(self._live.bundle, store)
         self.swaps = 0
         self.refusals = 0
+
+    @property
+    def version(self) -> str:
+        """Of the bundle that answers now."""
+        return self.feed.bundle.version
+
+    @property
+    def n_uploads(self) -> int:
+        """Videos uploaded or removed since the bundle that answers now was made."""
+        catalogue = self.feed.bundle.catalogue
+        return 0 if catalogue is None else len(catalogue.uploaded_rows())
 
     def upsert(self, videos: Sequence[Video]) -> UpsertOutcome:
         """Uploads: on disk and in every request that starts, on return; raises InvalidRequestError for the first that
@@ -72,6 +83,7 @@ class LiveFeed:
             check_uploads(videos, clock_ms, content_width(self._live.known.encoder))
             encoded = self._live.encode(videos)
             number = self._store.keep(Said(clock_ms, videos=tuple(videos))).result()
+            self._catch_up_with_others(before=number - len(videos) + 1)
             outcome = self._live.put(encoded)
             self._live.applied = number
         return outcome
@@ -82,6 +94,7 @@ class LiveFeed:
         with self._changing:
             distinct = tuple(dict.fromkeys(video_ids))
             number = self._store.keep(Said(self.feed.now_ms(), removed_ids=distinct)).result()
+            self._catch_up_with_others(before=number - len(distinct) + 1)
             outcome = self._live.remove(distinct)
             self._live.applied = number
         return outcome
@@ -89,9 +102,11 @@ class LiveFeed:
     def poll(self) -> bool:
         """Follow LIVE once; True when another version serves from now on.
 
-        A refused version is not tried again until LIVE names another one.
+        A refused version is not tried again until LIVE names another one. Of a shared store, what other servers were
+        told of videos is followed too.
         """
         with self._polling:
+            self._follow_others()
             live = fresh = None
             try:
                 live = self._registry.live()
@@ -102,7 +117,10 @@ class LiveFeed:
             except Exception as error:
                 if fresh is not None:
                     fresh.close()
-                self._refuse(live, error)
+                if isinstance(error, StoreUnavailableError):
+                    _log.warning("%s is not loaded yet: %s", live, error)  # the bundle may be good: tried again
+                else:
+                    self._refuse(live, error)
                 return False
             self._refused = None
             self.swaps += 1
@@ -112,6 +130,21 @@ class LiveFeed:
     def close(self) -> None:
         """No upload, removal or swap after it; a compaction that runs is waited for."""
         self._live.close()
+
+    def _catch_up_with_others(self, before: int) -> None:
+        """Changes of other servers that the shared store numbered before ours come before ours here too."""
+        if self._store.shared and before > self._live.applied + 1:
+            others = (change for change in self._store.changes(self._live.applied) if change.number < before)
+            self._live.catch_up(others)
+
+    def _follow_others(self) -> None:
+        if not self._store.shared:
+            return
+        try:
+            with self._changing:
+                self._live.catch_up(self._store.changes(self._live.applied))
+        except StoreUnavailableError as error:
+            _log.warning("uploads of other servers are not followed: %s", error)
 
     def _load(self, version: str | None) -> LiveBundle:
         """A bundle with what came since, up to about now."""

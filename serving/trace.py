@@ -6,6 +6,7 @@ monotonic; a stage that is not expected to end before the deadline is skipped, n
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,15 +19,27 @@ class DeadlineExpiredError(Exception):
     """The caller had stopped waiting before any work began."""
 
 
+class AnsweredElsewhereError(Exception):
+    """The request was answered from lower down the ladder while this answer was computed."""
+
+
 @dataclass(frozen=True, slots=True)
 class Deadline:
-    """An instant of the monotonic clock."""
+    """An instant of the monotonic clock by which one request is answered, once."""
 
     at_s: float = float("inf")
+    arrived_s: float | None = None
+    _unanswered: threading.Lock | None = None
 
     @classmethod
     def after(cls, seconds: float) -> Deadline:
-        return cls(time.monotonic() + seconds)
+        now_s = time.monotonic()
+        return cls(now_s + seconds, now_s, threading.Lock())
+
+    def claim(self) -> None:
+        """Say that the answer is ready; raises AnsweredElsewhereError for all but the first who says so."""
+        if self._unanswered is not None and not self._unanswered.acquire(blocking=False):
+            raise AnsweredElsewhereError
 
     @property
     def remaining_ms(self) -> float:
@@ -77,19 +90,20 @@ class Trace:
         self.stages: list[StageStats] = []
         self.level = Level.FULL
         self.degraded_reason = ""
+        self._began_s = time.monotonic() if deadline.arrived_s is None else deadline.arrived_s
         if deadline.remaining_ms <= 0:
             raise DeadlineExpiredError("the deadline had passed before any work began")
 
     @contextmanager
     def stage(self, name: str) -> Iterator[Counts]:
         """Time a stage; its counts are kept even when it fails."""
-        counts, start = Counts(), time.perf_counter()
+        counts, start_s = Counts(), time.monotonic()
         try:
             yield counts
         finally:
-            ms = (time.perf_counter() - start) * 1000.0
+            ms, begin_ms = (time.monotonic() - start_s) * 1000.0, (start_s - self._began_s) * 1000.0
             self.costs.observe(name, ms)
-            self.stages.append(StageStats(name, counts.received, counts.kept, counts.removed, ms))
+            self.stages.append(StageStats(name, counts.received, counts.kept, counts.removed, ms, begin_ms))
 
     def affords(self, name: str, *then: str) -> bool:
         """Whether the stage, and those that must follow it, are expected to end in time."""

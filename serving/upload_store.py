@@ -69,7 +69,7 @@ def insert(database: sqlite3.Connection, said: Said, number: int) -> int:
     for video in said.videos:
         number += 1
         content = None if video.content is None else video.content.astype(_CONTENT).tobytes()
-        rows.append((video.video_id, number, said.acknowledged_ms, _to_json(video), content))
+        rows.append((video.video_id, number, said.acknowledged_ms, to_json(video), content))
     database.executemany(_UPSERT, rows)
     first, number = number + 1, number + len(said.removed_ids)
     numbers = range(first, number + 1)
@@ -83,7 +83,7 @@ def changes(path: Path, after: int) -> Iterator[Change]:
     """The last state of every video that changed after a number, in order; also while a server writes."""
     with closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True)) as database:
         for number, acknowledged_ms, removed, video_id, text, content in database.execute(_READ, (after,)):
-            video = None if text is None else _from_json(video_id, text, content)
+            video = None if text is None else from_json(video_id, text, content)
             yield Change(number, acknowledged_ms, bool(removed), video_id, video)
 
 
@@ -92,12 +92,14 @@ def forget(database: sqlite3.Connection, numbers: Sequence[int]) -> None:
     database.executemany("DELETE FROM uploads WHERE number = ?", [(number,) for number in numbers])
 
 
-def _to_json(video: Video) -> str:
+def to_json(video: Video) -> str:
+    """All but id and content."""
     described = {field.name: getattr(video, field.name) for field in fields(Video)}
     return json.dumps({name: value for name, value in described.items() if name not in _ELSEWHERE})
 
 
-def _from_json(video_id: int, text: str, content: bytes | None) -> Video:
+def from_json(video_id: int, text: str, content: bytes | None) -> Video:
+    """Inverse of `to_json`; `content` are its numbers as they were stored."""
     described = json.loads(text)
     described |= {name: tuple(described[name]) for name in ("tags", "regions")}
     return Video(

@@ -31,6 +31,7 @@ def read_feed_request(message: pb.GetFeedRequest) -> FeedRequest:
         blocked_author_ids=message.blocked_author_ids,
         viewer=_read_viewer(message.viewer),
         now_ms=message.now_ms,
+        page_token=message.page_token,
     )
 
 
@@ -116,6 +117,7 @@ def write_feed_response(response: FeedResponse) -> pb.GetFeedResponse:
         tasks=response.tasks,
         items=[_write_item(item) for item in response.items],
         stages=_write_stages(response.stages),
+        next_page_token=response.next_page_token,
     )
 
 
@@ -131,6 +133,7 @@ def read_feed_response(message: pb.GetFeedResponse) -> FeedResponse:
         tasks=tuple(message.tasks),
         items=tuple(_read_item(item) for item in message.items),
         stages=_read_stages(message.stages),
+        next_page_token=message.next_page_token,
     )
 
 
@@ -176,6 +179,8 @@ def write_ranked(response: RankedResponse) -> pb.RankResponse:
         values=response.value_N.tolist(),
         unknown=response.unknown.tolist(),
         stages=_write_stages(response.stages),
+        level=f"LEVEL_{response.level.name}",
+        degraded_reason=response.degraded_reason,
     )
 
 
@@ -189,6 +194,8 @@ def read_ranked(message: pb.RankResponse) -> RankedResponse:
         value_N=np.array(message.values, np.float64),
         unknown=np.array(message.unknown, np.int64),
         stages=_read_stages(message.stages),
+        level=Level(message.level),
+        degraded_reason=message.degraded_reason,
     )
 
 
@@ -251,8 +258,11 @@ def _read_item(message: pb.ServedItem) -> ServedItem:
 
 
 def _write_stages(stages: tuple[StageStats, ...]) -> list[pb.StageStats]:
-    return [pb.StageStats(name=s.name, received=s.received, kept=s.kept, removed=s.removed, ms=s.ms) for s in stages]
+    return [
+        pb.StageStats(name=s.name, received=s.received, kept=s.kept, removed=s.removed, ms=s.ms, begin_ms=s.begin_ms)
+        for s in stages
+    ]
 
 
 def _read_stages(messages) -> tuple[StageStats, ...]:
-    return tuple(StageStats(m.name, m.received, m.kept, dict(m.removed), m.ms) for m in messages)
+    return tuple(StageStats(m.name, m.received, m.kept, dict(m.removed), m.ms, m.begin_ms) for m in messages)

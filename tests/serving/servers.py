@@ -13,7 +13,8 @@ from pathlib import Path
 import grpc
 import pytest
 
-from serving.server import FeedServer, ServerConfig
+from serving.server import FeedServer
+from serving.server_config import ServerConfig
 
 CONFIG = ServerConfig(port=0, poll_s=3600, drain_notice_s=0, drain_grace_s=2, longest_deadline_ms=30_000)
 
@@ -46,7 +47,8 @@ def running(registry: Path, store: Path, config: ServerConfig = CONFIG) -> Itera
 PROGRAM = """
 import sys
 from pathlib import Path
-from serving.server import ServerConfig, serve
+from serving.server import serve
+from serving.server_config import ServerConfig
 config = ServerConfig(port=0, drain_notice_s=0)
 serve(Path(sys.argv[1]), Path(sys.argv[2]), config, lambda *ready: print(*ready, flush=True))
 """

@@ -21,10 +21,12 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from features.artifacts import Registry
 from serving.client import FeedClient
 from serving.export import export_events
+from serving.handlers import SERVICE
 from serving.limits import MAX_MESSAGE_BYTES
 from serving.messages import Event, Level, LogOutcome
 from serving.protos.reelrank.v1 import feed_pb2, feed_pb2_grpc
-from serving.server import SERVICE, FeedServer, ServerConfig, check_address, serve
+from serving.security import SecurityError, ServerSecurity
+from serving.server import FeedServer, serve
 
 sys.path.insert(0, str(Path(__file__).parent))
 from servers import CONFIG, refused, running, subprocess_server
@@ -224,10 +226,10 @@ def test_draining_says_so_lets_calls_end_and_writes_the_log_out(world, tmp_path)
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "example.com", "10.0.0.7"])  # noqa: S104 - refused addresses
 def test_an_address_others_can_reach_needs_an_explicit_word(host):
-    with pytest.raises(ValueError, match="insecure_public"):
-        check_address(ServerConfig(host=host))
-    check_address(ServerConfig(host=host, insecure_public=True))
-    check_address(ServerConfig(host="127.0.0.1"))
+    with pytest.raises(SecurityError, match="--insecure-public"):
+        ServerSecurity().check_address(host)
+    ServerSecurity(insecure_public=True).check_address(host)
+    ServerSecurity().check_address("127.0.0.1")
 
 
 def test_acknowledged_events_survive_kill_9_once_and_change_the_next_page(world, tmp_path):

@@ -11,15 +11,19 @@ class Level(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
     LEVEL_UNSPECIFIED: _ClassVar[Level]
     LEVEL_FULL: _ClassVar[Level]
+    LEVEL_FEATURES_MISSING: _ClassVar[Level]
     LEVEL_RETRIEVAL_ORDER: _ClassVar[Level]
     LEVEL_POPULAR: _ClassVar[Level]
+    LEVEL_STATIC: _ClassVar[Level]
 LEVEL_UNSPECIFIED: Level
 LEVEL_FULL: Level
+LEVEL_FEATURES_MISSING: Level
 LEVEL_RETRIEVAL_ORDER: Level
 LEVEL_POPULAR: Level
+LEVEL_STATIC: Level
 
 class GetFeedRequest(_message.Message):
-    __slots__ = ("user_id", "k", "surface", "request_id", "excluded_video_ids", "blocked_author_ids", "now_ms", "viewer")
+    __slots__ = ("user_id", "k", "surface", "request_id", "excluded_video_ids", "blocked_author_ids", "now_ms", "viewer", "page_token")
     USER_ID_FIELD_NUMBER: _ClassVar[int]
     K_FIELD_NUMBER: _ClassVar[int]
     SURFACE_FIELD_NUMBER: _ClassVar[int]
@@ -28,6 +32,7 @@ class GetFeedRequest(_message.Message):
     BLOCKED_AUTHOR_IDS_FIELD_NUMBER: _ClassVar[int]
     NOW_MS_FIELD_NUMBER: _ClassVar[int]
     VIEWER_FIELD_NUMBER: _ClassVar[int]
+    PAGE_TOKEN_FIELD_NUMBER: _ClassVar[int]
     user_id: int
     k: int
     surface: str
@@ -36,7 +41,8 @@ class GetFeedRequest(_message.Message):
     blocked_author_ids: _containers.RepeatedScalarFieldContainer[int]
     now_ms: int
     viewer: Viewer
-    def __init__(self, user_id: _Optional[int] = ..., k: _Optional[int] = ..., surface: _Optional[str] = ..., request_id: _Optional[str] = ..., excluded_video_ids: _Optional[_Iterable[int]] = ..., blocked_author_ids: _Optional[_Iterable[int]] = ..., now_ms: _Optional[int] = ..., viewer: _Optional[_Union[Viewer, _Mapping]] = ...) -> None: ...
+    page_token: bytes
+    def __init__(self, user_id: _Optional[int] = ..., k: _Optional[int] = ..., surface: _Optional[str] = ..., request_id: _Optional[str] = ..., excluded_video_ids: _Optional[_Iterable[int]] = ..., blocked_author_ids: _Optional[_Iterable[int]] = ..., now_ms: _Optional[int] = ..., viewer: _Optional[_Union[Viewer, _Mapping]] = ..., page_token: _Optional[bytes] = ...) -> None: ...
 
 class Viewer(_message.Message):
     __slots__ = ("region", "languages", "age_years", "max_safety_level")
@@ -51,7 +57,7 @@ class Viewer(_message.Message):
     def __init__(self, region: _Optional[str] = ..., languages: _Optional[_Iterable[str]] = ..., age_years: _Optional[int] = ..., max_safety_level: _Optional[int] = ...) -> None: ...
 
 class StageStats(_message.Message):
-    __slots__ = ("name", "received", "kept", "removed", "ms")
+    __slots__ = ("name", "received", "kept", "removed", "ms", "begin_ms")
     class RemovedEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -64,12 +70,14 @@ class StageStats(_message.Message):
     KEPT_FIELD_NUMBER: _ClassVar[int]
     REMOVED_FIELD_NUMBER: _ClassVar[int]
     MS_FIELD_NUMBER: _ClassVar[int]
+    BEGIN_MS_FIELD_NUMBER: _ClassVar[int]
     name: str
     received: int
     kept: int
     removed: _containers.ScalarMap[str, int]
     ms: float
-    def __init__(self, name: _Optional[str] = ..., received: _Optional[int] = ..., kept: _Optional[int] = ..., removed: _Optional[_Mapping[str, int]] = ..., ms: _Optional[float] = ...) -> None: ...
+    begin_ms: float
+    def __init__(self, name: _Optional[str] = ..., received: _Optional[int] = ..., kept: _Optional[int] = ..., removed: _Optional[_Mapping[str, int]] = ..., ms: _Optional[float] = ..., begin_ms: _Optional[float] = ...) -> None: ...
 
 class ServedItem(_message.Message):
     __slots__ = ("video_id", "author_id", "slot", "sources", "reason", "connected", "retrieval_score", "scores", "predicted_watch_ms", "value", "value_terms", "propensity", "duration_ms")
@@ -109,7 +117,7 @@ class ServedItem(_message.Message):
     def __init__(self, video_id: _Optional[int] = ..., author_id: _Optional[int] = ..., slot: _Optional[int] = ..., sources: _Optional[_Iterable[str]] = ..., reason: _Optional[str] = ..., connected: _Optional[bool] = ..., retrieval_score: _Optional[float] = ..., scores: _Optional[_Iterable[float]] = ..., predicted_watch_ms: _Optional[float] = ..., value: _Optional[float] = ..., value_terms: _Optional[_Mapping[str, float]] = ..., propensity: _Optional[float] = ..., duration_ms: _Optional[int] = ...) -> None: ...
 
 class GetFeedResponse(_message.Message):
-    __slots__ = ("request_id", "bundle_version", "policy_id", "cold", "level", "degraded_reason", "shortfall_reason", "tasks", "items", "stages")
+    __slots__ = ("request_id", "bundle_version", "policy_id", "cold", "level", "degraded_reason", "shortfall_reason", "tasks", "items", "stages", "next_page_token")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     BUNDLE_VERSION_FIELD_NUMBER: _ClassVar[int]
     POLICY_ID_FIELD_NUMBER: _ClassVar[int]
@@ -120,6 +128,7 @@ class GetFeedResponse(_message.Message):
     TASKS_FIELD_NUMBER: _ClassVar[int]
     ITEMS_FIELD_NUMBER: _ClassVar[int]
     STAGES_FIELD_NUMBER: _ClassVar[int]
+    NEXT_PAGE_TOKEN_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     bundle_version: str
     policy_id: str
@@ -130,7 +139,8 @@ class GetFeedResponse(_message.Message):
     tasks: _containers.RepeatedScalarFieldContainer[str]
     items: _containers.RepeatedCompositeFieldContainer[ServedItem]
     stages: _containers.RepeatedCompositeFieldContainer[StageStats]
-    def __init__(self, request_id: _Optional[str] = ..., bundle_version: _Optional[str] = ..., policy_id: _Optional[str] = ..., cold: _Optional[bool] = ..., level: _Optional[_Union[Level, str]] = ..., degraded_reason: _Optional[str] = ..., shortfall_reason: _Optional[str] = ..., tasks: _Optional[_Iterable[str]] = ..., items: _Optional[_Iterable[_Union[ServedItem, _Mapping]]] = ..., stages: _Optional[_Iterable[_Union[StageStats, _Mapping]]] = ...) -> None: ...
+    next_page_token: bytes
+    def __init__(self, request_id: _Optional[str] = ..., bundle_version: _Optional[str] = ..., policy_id: _Optional[str] = ..., cold: _Optional[bool] = ..., level: _Optional[_Union[Level, str]] = ..., degraded_reason: _Optional[str] = ..., shortfall_reason: _Optional[str] = ..., tasks: _Optional[_Iterable[str]] = ..., items: _Optional[_Iterable[_Union[ServedItem, _Mapping]]] = ..., stages: _Optional[_Iterable[_Union[StageStats, _Mapping]]] = ..., next_page_token: _Optional[bytes] = ...) -> None: ...
 
 class RetrieveRequest(_message.Message):
     __slots__ = ("user_id", "k", "surface", "excluded_video_ids", "blocked_author_ids", "now_ms", "viewer")
@@ -189,7 +199,7 @@ class RankRequest(_message.Message):
     def __init__(self, user_id: _Optional[int] = ..., video_ids: _Optional[_Iterable[int]] = ..., surface: _Optional[str] = ..., now_ms: _Optional[int] = ...) -> None: ...
 
 class RankResponse(_message.Message):
-    __slots__ = ("bundle_version", "cold", "tasks", "scores", "predicted_watch_ms", "values", "unknown", "stages")
+    __slots__ = ("bundle_version", "cold", "tasks", "scores", "predicted_watch_ms", "values", "unknown", "stages", "level", "degraded_reason")
     BUNDLE_VERSION_FIELD_NUMBER: _ClassVar[int]
     COLD_FIELD_NUMBER: _ClassVar[int]
     TASKS_FIELD_NUMBER: _ClassVar[int]
@@ -198,6 +208,8 @@ class RankResponse(_message.Message):
     VALUES_FIELD_NUMBER: _ClassVar[int]
     UNKNOWN_FIELD_NUMBER: _ClassVar[int]
     STAGES_FIELD_NUMBER: _ClassVar[int]
+    LEVEL_FIELD_NUMBER: _ClassVar[int]
+    DEGRADED_REASON_FIELD_NUMBER: _ClassVar[int]
     bundle_version: str
     cold: bool
     tasks: _containers.RepeatedScalarFieldContainer[str]
@@ -206,7 +218,9 @@ class RankResponse(_message.Message):
     values: _containers.RepeatedScalarFieldContainer[float]
     unknown: _containers.RepeatedScalarFieldContainer[int]
     stages: _containers.RepeatedCompositeFieldContainer[StageStats]
-    def __init__(self, bundle_version: _Optional[str] = ..., cold: _Optional[bool] = ..., tasks: _Optional[_Iterable[str]] = ..., scores: _Optional[_Iterable[float]] = ..., predicted_watch_ms: _Optional[_Iterable[float]] = ..., values: _Optional[_Iterable[float]] = ..., unknown: _Optional[_Iterable[int]] = ..., stages: _Optional[_Iterable[_Union[StageStats, _Mapping]]] = ...) -> None: ...
+    level: Level
+    degraded_reason: str
+    def __init__(self, bundle_version: _Optional[str] = ..., cold: _Optional[bool] = ..., tasks: _Optional[_Iterable[str]] = ..., scores: _Optional[_Iterable[float]] = ..., predicted_watch_ms: _Optional[_Iterable[float]] = ..., values: _Optional[_Iterable[float]] = ..., unknown: _Optional[_Iterable[int]] = ..., stages: _Optional[_Iterable[_Union[StageStats, _Mapping]]] = ..., level: _Optional[_Union[Level, str]] = ..., degraded_reason: _Optional[str] = ...) -> None: ...
 
 class Event(_message.Message):
     __slots__ = ("request_id", "slot", "user_id", "video_id", "ts_ms", "watch_ms", "duration_ms", "click", "long_view", "like", "follow", "comment", "share", "profile_enter", "hate")

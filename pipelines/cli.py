@@ -229,9 +229,17 @@ def serve(
     metrics_host: Annotated[str, typer.Option("--metrics-host", help="Address of the metrics.")] = "127.0.0.1",
     otlp: Annotated[str | None, typer.Option("--otlp", help="OTLP/HTTP collector that gets traces.")] = None,
     threads: Annotated[int, typer.Option(min=1, help="Requests computed at once; each takes a core.")] = 2,
+    scorer: Annotated[
+        str,
+        typer.Option(
+            help="How the ranker computes: plain, or compiled in fp32, bf16 or int8; auto: compiled, as is best here. "
+            "Compiled once a shape of ranker, while plain answers; kept in ~/.cache/reelrank."
+        ),
+    ] = "auto",
     device: Device = "cpu",
 ) -> None:
     """Serve the live bundle over gRPC and follow LIVE: publish and rollback need no restart."""
+    from serving.scorer import scorer_named
     from serving.security import ServerSecurity
     from serving.server import serve as serve_forever
     from serving.server_config import ServerConfig
@@ -253,6 +261,7 @@ def serve(
             metrics_host=metrics_host,
             otlp=otlp,
             threads=threads,
+            scorer=scorer_named(scorer),
             device=device,
         ),
         on_ready=lambda address, version: print(f"serving on {address} (bundle {version})", flush=True),

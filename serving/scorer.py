@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 
@@ -20,7 +20,16 @@ from ranking.products import DenseType
 
 Scorer = Literal["plain", "auto", "fp32", "bf16", "int8"]
 """plain: as the bundle is; auto: compiled, in the precision that is best on this machine; or compiled in that one."""
+SCORERS: tuple[Scorer, ...] = get_args(Scorer)
 _log = logging.getLogger(__name__)
+
+
+def scorer_named(name: str) -> Scorer:
+    """`name`, if it is one; raises ValueError with those that are."""
+    for scorer in SCORERS:
+        if scorer == name:
+            return scorer
+    raise ValueError(f"--scorer {name!r}: choose from {', '.join(SCORERS)}")
 
 
 def accelerate(

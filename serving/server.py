@@ -51,7 +51,7 @@ class FeedServer:
         self.store = open_store(store)
         try:
             scan_on = None if is_cpu(device) else device
-            self.live = LiveFeed(Registry(registry), self.store, self.config.live, scan_on)
+            self.live = LiveFeed(Registry(registry), self.store, self.config.live, scan_on, self.config.scorer)
         except Exception:
             self.store.close()
             raise

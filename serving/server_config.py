@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from candidate_gen.live import LiveConfig
+from serving.scorer import Scorer
 from serving.security import ServerSecurity
 
 
@@ -19,7 +20,9 @@ class ServerConfig:
     threads: int = 2
     """Requests computed at once; each uses one core. On two cores 4, 8 and 16 answer no more a second."""
     device: str = "cpu"
-    """What --device says: on a GPU searches scan all vectors in its memory, and are exact. Models stay on the CPU."""
+    """What --device says: on a GPU searches scan all vectors in its memory, and are exact; towers stay on the CPU."""
+    scorer: Scorer = "plain"
+    """How the ranker computes; anything but plain is compiled once for its shape, in 15 to 40 seconds of one core."""
     max_in_flight: int = 64
     """Pages and rankings beyond this many are refused at once with RESOURCE_EXHAUSTED, whatever their deadline."""
     max_changes_waiting: int = 16

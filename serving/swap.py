@@ -25,6 +25,7 @@ from serving.golden import NAME, check
 from serving.limits import check_removals, check_uploads
 from serving.live import LiveBundle
 from serving.messages import RemoveOutcome, UpsertOutcome, Video
+from serving.scorer import Scorer, accelerate
 from serving.store import EventStore, StoreUnavailableError
 from serving.upload_store import Said
 
@@ -33,10 +34,13 @@ KEPT_MS = 7 * 86_400_000
 _log = logging.getLogger(__name__)
 
 
-def load_bundle(registry: Registry, version: str | None = None, scan_on: str | None = None) -> FeedBundle:
+def load_bundle(
+    registry: Registry, version: str | None = None, scan_on: str | None = None, scorer: Scorer = "plain"
+) -> FeedBundle:
     """Verify, open and check the named (or live) version; raises with the reason when it must not serve.
 
-    Golden answers are those of the index as it was published. Where a device scans all vectors instead, which finds
+    Golden answers are those of the index as it was published and of the plain scorer; a faster one takes over after it
+    was compared with that. Where a device scans all vectors instead, which finds
     what lists may miss, the bundle is opened again for it after it was checked."""
     start = time.perf_counter()
     verified = registry.open(version)
@@ -44,6 +48,7 @@ def load_bundle(registry: Registry, version: str | None = None, scan_on: str | N
     answered = check(bundle, verified.path(NAME))
     if scan_on is not None:
         bundle = FeedBundle.load(verified, scan_on=scan_on)
+    accelerate(bundle.ranker, verified.folder / "ranker", scorer, scan_on or "cpu")
     took_s = time.perf_counter() - start
     _log.info("bundle %s loaded in %.1f s, %d golden answers as published", bundle.version, took_s, answered)
     return bundle
@@ -53,8 +58,16 @@ class LiveFeed:
     """`feed` is the one to use now; `poll` brings it up to date and is called from one background thread, `upsert` and
     `remove` from another."""
 
-    def __init__(self, registry: Registry, store: EventStore, config: LiveConfig, scan_on: str | None = None) -> None:
-        self._registry, self._store, self._config, self._scan_on = registry, store, config, scan_on
+    def __init__(
+        self,
+        registry: Registry,
+        store: EventStore,
+        config: LiveConfig,
+        scan_on: str | None = None,
+        scorer: Scorer = "plain",
+    ) -> None:
+        self._registry, self._store, self._config = registry, store, config
+        self._scan_on, self._scorer = scan_on, scorer
         self._folder = store.folder
         shutil.rmtree(self._folder, ignore_errors=True)
         self._refused: str | None = None
@@ -148,7 +161,7 @@ class LiveFeed:
 
     def _load(self, version: str | None) -> LiveBundle:
         """A bundle with what came since, up to about now."""
-        known = load_bundle(self._registry, version, self._scan_on)
+        known = load_bundle(self._registry, version, self._scan_on, self._scorer)
         live = LiveBundle(known, self._folder / known.version, self._config)
         try:
             live.catch_up(self._store.changes(after=0))

@@ -36,7 +36,8 @@ def served(ws: Workspace) -> Iterator[str]:
     """`reelrank serve` on the run's registry in a process of its own; yields its address, stops it at the end."""
     log_path = ws.root / "serve.log"
     command = [sys.executable, "-m", "pipelines.cli", "serve", "--registry", str(ws.registry)]
-    command += ["--store", str(ws.root / "live.sqlite"), "--port", "0"]
+    # A few feeds are not worth a compiler's half minute.
+    command += ["--store", str(ws.root / "live.sqlite"), "--port", "0", "--scorer", "plain"]
     with log_path.open("w") as log:
         process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)  # noqa: S603 - our own command
         try:

@@ -67,7 +67,8 @@ class LiveFeed:
         scorer: Scorer = "plain",
     ) -> None:
         self._registry, self._store, self._config = registry, store, config
-        self._scan_on, self._scorer = scan_on, scorer
+        self._scan_on = scan_on
+        self._scorer: Scorer = scorer
         self._folder = store.folder
         shutil.rmtree(self._folder, ignore_errors=True)
         self._refused: str | None = None

@@ -53,6 +53,7 @@ def test_help_lists_every_command():
         (["demo", "--scale", "huge"], 2, "give one of tiny, smoke"),
         (["index", "build", "--run", "{tmp}"], 2, "is not a run folder"),
         (["index", "build", "--run", "{tmp}", "--device", "cuda:99"], 2, "--device cuda:99: torch"),
+        (["serve", "--registry", "{tmp}", "--scorer", "fast"], 2, "--scorer 'fast': choose from plain, auto, fp32"),
         (["serve", "--registry", "{tmp}", "--device", "gpu"], 2, "--device gpu: give auto, cpu, cuda or cuda:N"),
         (["index", "plan", "--videos", "many", "--ram", "1GiB"], 2, "--videos 'many'"),
         (["index", "plan", "--videos", "1e6", "--ram", "24Gx"], 2, "--ram '24Gx': give a number above 0, with a unit"),

@@ -176,7 +176,17 @@ def test_a_key_of_another_certificate_is_a_clear_error(world, pki, tmp_path):
 
 def test_the_command_line_serves_and_asks_with_certificates_and_tokens(world, pki, tmp_path):
     server, client, reelrank = pki["server"], pki["client"], CliRunner()
-    serve = ["serve", "--registry", str(world.registry), "--store", str(tmp_path / "s.sqlite"), "--port", "0"]
+    serve = [
+        "serve",
+        "--registry",
+        str(world.registry),
+        "--store",
+        str(tmp_path / "s.sqlite"),
+        "--port",
+        "0",
+        "--scorer",
+        "plain",
+    ]
     public = reelrank.invoke(app, [*serve, "--host", "0.0.0.0"])  # noqa: S104
     assert isinstance(public.exception, SecurityError)
     serve += ["--tls-cert", str(server.cert), "--tls-key", str(server.key), "--tokens", str(pki["tokens"])]

@@ -17,7 +17,7 @@ from typing import Any
 
 from candidate_gen.index import IndexConfig
 from candidate_gen.model import TowerConfig
-from features.spec import Categorical, Content, FeatureSpec, MultiValued, Numeric
+from features.spec import Bucketed, Categorical, Content, FeatureSpec, MultiValued, Numeric
 from pipelines.trainer import TrainConfig
 from ranking.model import RankerConfig
 from serving.config import FeedConfig
@@ -113,6 +113,7 @@ def world_spec(*, user_rows: int, video_rows: int, author_rows: int) -> FeatureS
             Categorical(name="author_id", column="author_id", rows=author_rows),
             MultiValued(name="tags", column="tags", rows=256, max_values=4),
             Numeric(name="duration", column="duration_ms", log=True),
+            Bucketed(name="duration_bucket", column="duration_ms", buckets=16),
             Content(name="content", column="content", dim=32),
         ),
     )

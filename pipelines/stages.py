@@ -94,6 +94,7 @@ def encoded(canonical: Path, spec: FeatureSpec, train_dates: tuple[str, ...]) ->
         videos=_table(canonical, "videos"),
         events=ingestion.load_events(canonical),
         undated=ingestion.load_table(canonical, "undated"),
+        follows=ingestion.load_table(canonical, "follows"),
         train_dates=train_dates,
     )
 
@@ -201,7 +202,6 @@ def publish(ws: Workspace, stage: Stage, *, force: bool = False, device: str = "
         staged,
         dataset,
         videos=_table(ws.canonical, "videos"),
-        follows=ingestion.load_table(ws.canonical, "follows"),
         towers_dir=ws.towers,
         ranker_dir=ws.ranker,
         index=index,

@@ -22,9 +22,10 @@ from features.counters import WIDTH_PER_KEY
 from features.dataset import Dataset
 from features.entities import SparseColumns
 from features.history import GAP_BUCKETS
-from features.inputs import AGE_WIDTH
+from features.inputs import INSTANT_WIDTH
 from features.schema import SIGNALS
 from ranking.loss import quantile_loss, task_losses
+from ranking.tasks import TASKS
 
 START_SHARPNESS = 4.0
 """Attention's scale at the start, shared out over the heads by their widths; learnt from there."""
@@ -63,7 +64,8 @@ class RankerConfig:
     embedding_init: float = 0.02
     """Embeddings start uniform in plus or minus this: small, so that an untrained row says almost nothing."""
     counters: bool = True
-    """False leaves the smoothed rates of user, video, author and tags out."""
+    """False leaves out the smoothed rates of user, video, author and tags, and those of the viewer with the author
+    and the tags."""
     undated: bool = False
     """Also train on the impressions that precede the log: their surface, slot and time are unknown, and they have no
     counters of their own past."""
@@ -87,9 +89,9 @@ class RankerConfig:
                 f"RankerConfig: attention_width {self.attention_width} must be a multiple of "
                 f"attention_heads {self.attention_heads}"
             )
-        unknown = sorted({name for name, _ in self.task_weights} - set(SIGNALS))
+        unknown = sorted({name for name, _ in self.task_weights} - set(TASKS))
         if unknown:
-            raise ValueError(f"RankerConfig.task_weights: unknown tasks {unknown}, expected some of {SIGNALS}")
+            raise ValueError(f"RankerConfig.task_weights: unknown tasks {unknown}, expected some of {TASKS}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -107,7 +109,7 @@ class RankerSizes:
     surface_rows: int
     slot_rows: int
     tasks: tuple[str, ...]
-    """Signals with positives in training, in SIGNALS' order."""
+    """Tasks with positives in training, in TASKS' order."""
 
     @classmethod
     def of(cls, dataset: Dataset, tasks: tuple[str, ...], leave_out: tuple[str, ...] = ()) -> Self:
@@ -154,7 +156,7 @@ class RankerModel(nn.Module):
         video_width = len(sizes.video_names) * config.embedding_dim
         self._user_dense, self._skipped = sizes.user_dense, 0
         if not config.counters:
-            self._user_dense, self._skipped = sizes.user_dense - WIDTH_PER_KEY, sizes.candidate_dense - AGE_WIDTH
+            self._user_dense, self._skipped = sizes.user_dense - WIDTH_PER_KEY, sizes.candidate_dense - INSTANT_WIDTH
         dense_width = self._user_dense + sizes.video_dense + sizes.candidate_dense - self._skipped
         self.embedding_dropout = nn.Dropout(config.embedding_dropout)
         self.bottom = BottomMlp(dense_width, config.bottom_widths)

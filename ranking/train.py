@@ -15,10 +15,10 @@ from safetensors.torch import save_file
 
 from features.dataset import Dataset
 from features.inputs import Collated
-from features.schema import SIGNALS
 from ranking.calibrate import Calibration
 from ranking.infer import Ranker
 from ranking.model import RankerConfig, RankerModel, RankerSizes, config_fields
+from ranking.tasks import TASKS, task_labels
 from ranking.watch import DurationColumn, WatchQuantiles
 
 CALIBRATION_ROWS = 2048
@@ -44,12 +44,12 @@ class RankerTask:
         self._validation_rows = dataset.rows_on(validation_dates)
         if len(self._dated_rows) == 0:
             raise ValueError(f"no impressions on the training dates {train_dates}; the dataset has {dataset.dates}")
-        self.base_rates = _base_rates(np.asarray(dataset.examples.signals[self._dated_rows]))
-        self.tasks = tuple(signal for signal in SIGNALS if signal in self.base_rates)
-        self.dropped_tasks = tuple(signal for signal in SIGNALS if signal not in self.base_rates)
+        self.base_rates = _base_rates(task_labels(dataset.examples.take(self._dated_rows)))
+        self.tasks = tuple(task for task in TASKS if task in self.base_rates)
+        self.dropped_tasks = tuple(task for task in TASKS if task not in self.base_rates)
         if not self.tasks:
-            raise ValueError(f"no positive of any signal on the training dates {train_dates}: nothing to learn")
-        self._task_columns = [SIGNALS.index(task) for task in self.tasks]
+            raise ValueError(f"no positive of any task on the training dates {train_dates}: nothing to learn")
+        self._task_columns = [TASKS.index(task) for task in self.tasks]
         self._sizes = RankerSizes.of(dataset, self.tasks, config.leave_out)
         self._watch = self._fit_watch()
 
@@ -71,9 +71,10 @@ class RankerTask:
         dated = units < len(self._dataset.examples)
         dataset = self._dataset
         examples = dataset.examples.take(units[dated]) + dataset.undated.take(units[~dated] - len(dataset.examples))
-        inputs = dataset.inputs_of(examples, history_length=None if self._config.history else 0)
+        reads_history = self._config.history or self._config.counters
+        inputs = dataset.inputs_of(examples, history_length=None if reads_history else 0)
         watch_quantile_N = self._watch.quantile(examples.watch_ms, self._watch.durations(inputs))
-        labels_NT = examples.signals[:, self._task_columns]
+        labels_NT = task_labels(examples)[:, self._task_columns]
         return Collated(inputs, {"labels_NT": labels_NT, "watch_quantile_N": watch_quantile_N})
 
     def export(self, state: dict[str, torch.Tensor], folder: Path) -> None:
@@ -96,7 +97,7 @@ class RankerTask:
         rows = self._validation_rows
         blocks = np.array_split(rows, max(1, len(rows) // CALIBRATION_ROWS))
         logits_NT = np.concatenate([ranker.logits(self._dataset.inputs(block, with_slot=False))[0] for block in blocks])
-        labels_NT = np.asarray(self._dataset.examples.signals[rows])[:, self._task_columns]
+        labels_NT = task_labels(self._dataset.examples.take(rows))[:, self._task_columns]
         return Calibration.fit(self.tasks, logits_NT, labels_NT)
 
     def _fit_watch(self) -> WatchQuantiles:
@@ -107,8 +108,8 @@ class RankerTask:
         return WatchQuantiles.fit(np.asarray(examples.watch_ms[rows]), duration_ms_N, duration)
 
 
-def _base_rates(signals_NS: np.ndarray) -> dict[str, float]:
-    """Share of positives of each signal that has any."""
-    logged_S = (~np.isnan(signals_NS)).sum(axis=0)
-    positive_S = np.nansum(signals_NS, axis=0)
-    return {signal: float(positive_S[s] / logged_S[s]) for s, signal in enumerate(SIGNALS) if positive_S[s] > 0}
+def _base_rates(labels_NT: np.ndarray) -> dict[str, float]:
+    """Share of positives of each task that has any."""
+    logged_T = (~np.isnan(labels_NT)).sum(axis=0)
+    positive_T = np.nansum(labels_NT, axis=0)
+    return {task: float(positive_T[t] / logged_T[t]) for t, task in enumerate(TASKS) if positive_T[t] > 0}

@@ -42,7 +42,7 @@ def hydrate(bundle: FeedBundle, live: UserState, *, user_id: int, now_ms: int, s
     start, end = _base_range(bundle, user_row, now_ms)
     past_rows = np.asarray(bundle.history.video_row[start:end])
     seen = np.unique(np.concatenate([past_rows, bundle.videos.rows_of(live.seen_ids)]))
-    followed = np.concatenate([bundle.follows_of(user_row), live.followed_authors])
+    followed = np.concatenate([bundle.follows.of(user_row, now_ms), live.followed_authors])
     return Query(
         user_id=user_id,
         user_row=user_row,
@@ -72,6 +72,7 @@ def model_inputs(bundle: FeedBundle, query: Query, candidate_rows_K: np.ndarray)
         candidate_counters_NC=np.asarray(bundle.video_counters[candidate_rows_K]),
         candidate_upload_ts_ms_N=np.asarray(bundle.upload_ts_ms[candidate_rows_K]),
         slot_N=np.zeros(len(candidate_rows_K), np.int64),
+        followed_N=np.isin(bundle.author_id[candidate_rows_K], query.followed_authors),
     )
 
 

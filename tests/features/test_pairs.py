@@ -1,0 +1,57 @@
+"""Counters of a viewer with an author and with tags: arithmetic by hand, strangers, many contexts in one batch."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from features.entities import SparseColumns
+from features.pairs import PAIR_WIDTH, STRENGTH, WIDTH_PER_FEATURE, pair_features
+from features.schema import SIGNALS
+
+COLUMNS = SparseColumns(names=("author_id", "tags"), widths=(1, 2), table_rows=(100, 100))
+CLICK, LIKE = SIGNALS.index("click"), SIGNALS.index("like")
+
+
+def window(rows: list[tuple[int, list[int], bool, bool]], length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(author, tags, clicked, liked) oldest first -> sparse (1, L, 3), signals (1, L, S), length (1,)."""
+    sparse, signals = np.zeros((1, length, 3), np.int64), np.zeros((1, length, len(SIGNALS)), np.float32)
+    for at, (author, tags, clicked, liked) in enumerate(rows):
+        sparse[0, at] = [author, *tags, -1, -1][:3]
+        signals[0, at, [CLICK, LIKE]] = clicked, liked
+    return sparse, signals, np.array([len(rows)])
+
+
+def test_rates_are_what_the_pair_adds_to_the_viewers_own() -> None:
+    sparse, signals, length = window(
+        [(5, [1], True, False), (5, [2], True, True), (6, [2, 3], False, False), (7, [4], False, False)], length=6
+    )
+    candidates = np.array([[5, 3, 2], [9, 8, -1], [6, -1, -1]])
+    found = pair_features(sparse, signals, length, candidates, np.zeros(3, np.int64), COLUMNS)
+    assert found.shape == (3, PAIR_WIDTH)
+    author, tags = found[:, :WIDTH_PER_FEATURE], found[:, WIDTH_PER_FEATURE : 2 * WIDTH_PER_FEATURE]
+    # The viewer clicks half, likes a quarter. Author 5: two impressions, two clicks, one like.
+    assert author[0, 0] == pytest.approx((2 - 2 * 0.5) / (2 + STRENGTH))
+    assert author[0, 2] == pytest.approx((1 - 2 * 0.25) / (2 + STRENGTH))
+    assert author[0, 3] == pytest.approx(np.log1p(2) / 4)
+    # Tags 3 and 2: the second and third impression share one; the third shares both and counts once.
+    assert tags[0, 0] == pytest.approx((1 - 2 * 0.5) / (2 + STRENGTH))
+    assert tags[0, 3] == pytest.approx(np.log1p(2) / 4)
+    assert found[1].tolist() == [0.0] * PAIR_WIDTH, "nothing is known of a stranger"
+    assert tags[2].tolist() == [0.0] * WIDTH_PER_FEATURE, "a video without tags shares none with padding"
+
+
+def test_several_contexts_in_one_batch_count_as_each_alone() -> None:
+    rng = np.random.default_rng(1)
+    B, L, N = 4, 9, 30
+    sparse, signals = rng.integers(0, 6, (B, L, 3)), (rng.random((B, L, len(SIGNALS))) < 0.3).astype(np.float32)
+    length, owner, candidates = np.array([9, 0, 3, 7]), rng.integers(0, B, N), rng.integers(-1, 6, (N, 3))
+    together = pair_features(sparse, signals, length, candidates, owner, COLUMNS)
+    for b in range(B):
+        own = owner == b
+        alone = pair_features(
+            sparse[b : b + 1], signals[b : b + 1], length[b : b + 1], candidates[own], np.zeros(own.sum(), int), COLUMNS
+        )
+        np.testing.assert_allclose(together[own], alone, atol=1e-6)
+    assert np.abs(together[owner == 1]).max() == 0.0, "an empty history"
+    assert np.isfinite(together).all()

@@ -54,7 +54,9 @@ def run(
         "channels": metrics["channels"]["rows"],
         "ranking": metrics["ranking"],
         "primary": metrics["primary"],
+        "slices": metrics["slices"],
         "watch": metrics["watch"],
+        "collisions": metrics["collisions"],
         "reliability": metrics["reliability"],
         "gate": to_rows(verdicts),
     }

@@ -51,6 +51,7 @@ from pipelines.evaluate_retrieval import (
 from pipelines.gate import GateError, Verdict, judge, passed, to_rows
 from pipelines.recipes import Split
 from pipelines.sharding import plan_table
+from pipelines.slices import evaluate_slices, slicings
 from pipelines.train import Job, train_all
 from pipelines.trainer import Progress
 from pipelines.workspace import Workspace
@@ -302,7 +303,15 @@ def _ranking(
         "ranking": evaluate_tasks(
             dataset, rows, ranker.tasks, probability_NT, dataset.rows_on(split.validation), truth
         ),
+        "slices": evaluate_slices(
+            dataset,
+            rows,
+            ranker.tasks,
+            probability_NT,
+            slicings(dataset, rows, dataset.rows_on(split.train), events["surface"].to_numpy()[rows].tolist()),
+        ),
         "watch": evaluate_watch(dataset, rows, watch_ms_N),
+        "collisions": [{"table": name, "collision_rate": share} for name, share in _collisions(dataset)],
         "reliability": {"long_view": reliability_points(labels, probability_NT[:, t])},
         "primary": evaluate_protocol(
             dataset,

@@ -82,12 +82,19 @@ class RankerConfig:
     """Loss weights of tasks that differ from 1."""
     watch_weight: float = 1.0
     """Loss weight of the watch-time quantile."""
+    keep_negatives: float = 1.0
+    """Share of the training impressions without any positive signal that is trained on. Those kept weigh as much more,
+    so every head's loss has the expectation it had, and probabilities stay what they are without a correction."""
 
     def __post_init__(self) -> None:
         if self.attention_width % self.attention_heads:
             raise ValueError(
                 f"RankerConfig: attention_width {self.attention_width} must be a multiple of "
                 f"attention_heads {self.attention_heads}"
+            )
+        if not 0.0 < self.keep_negatives <= 1.0:
+            raise ValueError(
+                f"RankerConfig: keep_negatives is {self.keep_negatives}, expected a share in 0 .. 1, not 0"
             )
         unknown = sorted({name for name, _ in self.task_weights} - set(TASKS))
         if unknown:
@@ -172,10 +179,11 @@ class RankerModel(nn.Module):
         self._start_at(base_rates)
 
     def forward(self, batch: Batch, targets: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Loss over `labels_NT` and `watch_quantile_N` (NaN where not logged), and each task's own loss."""
+        """Loss over `labels_NT` and `watch_quantile_N` (NaN where not logged), each row by its `weight_N`, and each
+        task's own loss."""
         logits_NT, watch_N, penalty = self._logits(batch, with_side=True)
-        losses_T = task_losses(logits_NT, targets["labels_NT"])
-        watch = quantile_loss(watch_N, targets["watch_quantile_N"])
+        losses_T = task_losses(logits_NT, targets["labels_NT"], targets["weight_N"])
+        watch = quantile_loss(watch_N, targets["watch_quantile_N"], targets["weight_N"])
         weights_T = losses_T.new_tensor(self.task_weights)
         loss = (losses_T * weights_T).sum() + self.config.watch_weight * watch + self.config.embedding_l2 * penalty
         metrics = {f"loss_{task}": losses_T[t].detach() for t, task in enumerate(self.sizes.tasks)}

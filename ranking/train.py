@@ -49,6 +49,7 @@ class RankerTask:
         self.dropped_tasks = tuple(task for task in TASKS if task not in self.base_rates)
         if not self.tasks:
             raise ValueError(f"no positive of any task on the training dates {train_dates}: nothing to learn")
+        self._units, self._weight = self._drawn(np.concatenate([self._undated, self._dated_rows]))
         self._task_columns = [TASKS.index(task) for task in self.tasks]
         self._sizes = RankerSizes.of(dataset, self.tasks, config.leave_out)
         self._watch = self._fit_watch()
@@ -59,23 +60,27 @@ class RankerTask:
 
     def train_units(self) -> np.ndarray:
         """Example rows of the training dates; numbers beyond the examples are undated impressions."""
-        return np.concatenate([self._undated, self._dated_rows])
+        return self._units
 
     def validation_units(self) -> np.ndarray:
         """Example rows of the validation dates."""
         return self._validation_rows
 
     def collate(self, units: np.ndarray, *, seed: int) -> Collated:
-        """Inputs, labels (N, T) and watch-time quantiles (N,), dated impressions first; nothing is drawn, so the seed
-        changes nothing."""
-        dated = units < len(self._dataset.examples)
+        """Inputs, labels (N, T), watch-time quantiles and weights (N,), dated impressions first; nothing is drawn, so
+        the seed changes nothing."""
         dataset = self._dataset
-        examples = dataset.examples.take(units[dated]) + dataset.undated.take(units[~dated] - len(dataset.examples))
+        dated = units < len(dataset.examples)
+        units = np.concatenate([units[dated], units[~dated]])
+        n_dated = np.count_nonzero(dated)
+        undated = dataset.undated.take(units[n_dated:] - len(dataset.examples))
+        examples = dataset.examples.take(units[:n_dated]) + undated
         reads_history = self._config.history or self._config.counters
         inputs = dataset.inputs_of(examples, history_length=None if reads_history else 0)
         watch_quantile_N = self._watch.quantile(examples.watch_ms, self._watch.durations(inputs))
         labels_NT = task_labels(examples)[:, self._task_columns]
-        return Collated(inputs, {"labels_NT": labels_NT, "watch_quantile_N": watch_quantile_N})
+        targets = {"labels_NT": labels_NT, "watch_quantile_N": watch_quantile_N, "weight_N": self._weight[units]}
+        return Collated(inputs, targets)
 
     def export(self, state: dict[str, torch.Tensor], folder: Path) -> None:
         """Write `ranker.safetensors`, `ranker.json`, and `calibration.json` fitted on the validation dates."""
@@ -92,6 +97,20 @@ class RankerTask:
         Calibration.identity(self.tasks).save(folder / "calibration.json")
         if len(self._validation_rows):
             self._calibrate(Ranker.load(folder)).save(folder / "calibration.json")
+
+    def _drawn(self, units: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """All units with a positive signal and the configured share of the others; and for how many impressions each
+        unit stands: together for all there were, exactly. Units of the validation dates stand for themselves."""
+        examples, undated = self._dataset.examples, self._dataset.undated
+        weight = np.ones(len(examples) + len(undated), np.float32)
+        if self._config.keep_negatives == 1.0:
+            return units, weight
+        positive = np.concatenate([(np.nan_to_num(e.signals) > 0).any(axis=1) for e in (examples, undated)])
+        negatives = units[~positive[units]]
+        kept = max(1, round(self._config.keep_negatives * len(negatives)))
+        drawn = np.random.default_rng(len(negatives)).choice(negatives, kept, replace=False)
+        weight[drawn] = len(negatives) / kept
+        return np.concatenate([units[positive[units]], drawn]), weight
 
     def _calibrate(self, ranker: Ranker) -> Calibration:
         rows = self._validation_rows

@@ -26,6 +26,7 @@ KEPT = (
     "channels",
     "ranking",
     "slices",
+    "slots",
     "primary",
     "watch",
     "collisions",

@@ -18,6 +18,7 @@ from features.entities import Entities
 from features.follows import Follows
 from features.history import UNDATED_TS_MS, HistoryLog, signal_bits, watch_fraction
 from features.inputs import UNKNOWN_UPLOAD, Inputs, UserRows, assemble
+from features.pairs import PAST
 from features.schema import SIGNALS
 from features.spec import FeatureSpec
 from features.transforms import Encoder
@@ -132,17 +133,24 @@ class Dataset:
         return self.inputs_of(replace(e, day=day, slot=slot), extra_rows_X)
 
     def inputs_of(
-        self, e: Examples, extra_rows_X: np.ndarray | None = None, history_length: int | None = None
+        self,
+        e: Examples,
+        extra_rows_X: np.ndarray | None = None,
+        *,
+        history: bool = True,
+        pairs: bool = True,
     ) -> Inputs:
-        """One context and one candidate an impression; `history_length` is the spec's by default, and 0 for a model
-        that reads no histories: gathering them is most of the work."""
-        length = self.encoder.spec.history_length if history_length is None else history_length
+        """One context and one candidate an impression; without histories, or counters of pairs, for a model that does
+        not read them: gathering them is most of the work."""
+        length = self.encoder.spec.history_length if history else 0
+        past = self.history.windows(e.user_row, e.history_end, max(PAST, length) if pairs else length)
         return assemble(
             user=UserRows.take(self.users, e.user_row),
             user_counters_BC=self.counters.user(e.day, e.user_row),
             surface_B=e.surface,
             now_ms_B=e.ts_ms,
-            history=self.history.windows(e.user_row, e.history_end, length),
+            history=past.last(length),
+            past=past.last(PAST) if pairs else None,
             videos=self.videos,
             candidate_rows_N=e.video_row,
             owner_N=np.arange(len(e)),

@@ -16,7 +16,7 @@ import numpy as np
 
 from features.entities import Encoded, Entities, SparseColumns
 from features.history import UNDATED_TS_MS, HistoryWindow, unpack_signals
-from features.pairs import pair_features
+from features.pairs import PAIR_WIDTH, pair_features
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,11 +97,13 @@ def assemble(
     candidate_counters_NC: np.ndarray,
     candidate_upload_ts_ms_N: np.ndarray,
     slot_N: np.ndarray,
+    past: HistoryWindow | None = None,
     followed_N: np.ndarray | None = None,
     extra_rows_X: np.ndarray | None = None,
 ) -> Inputs:
-    """Gather and deduplicate. Rows are rows of `videos` (0 = unknown); slots are rows of the slot table; without
-    `followed_N` no candidate's author is followed."""
+    """Gather and deduplicate. Rows are rows of `videos` (0 = unknown); slots are rows of the slot table. `past` is
+    the longer window that pairs are counted over, of which `history` is the end; without it, and without
+    `followed_N`, nothing is known of a viewer and an author."""
     extra = np.zeros(0, np.int64) if extra_rows_X is None else extra_rows_X
     mentioned = np.concatenate([[0], history.video_row_BL.ravel(), candidate_rows_N, extra])
     distinct_U, position = np.unique(mentioned, return_inverse=True)
@@ -111,11 +113,12 @@ def assemble(
     video_sparse_UW = np.asarray(videos.sparse[distinct_U])
     history_BL = position[1 : 1 + n_history].reshape(history.video_row_BL.shape)
     candidate_N = position[1 + n_history : 1 + n_history + n_candidates]
-    signals_BLS = unpack_signals(history.signals_BL)
-    pair_NC = pair_features(
-        video_sparse_UW[history_BL], signals_BLS, history.length_B, video_sparse_UW[candidate_N], owner_N,
-        videos.columns,
-    )  # fmt: skip
+    pair_NC = np.zeros((n_candidates, PAIR_WIDTH), np.float32)
+    if past is not None:
+        pair_NC = pair_features(
+            np.asarray(videos.sparse[past.video_row_BL]), unpack_signals(past.signals_BL), past.length_B,
+            video_sparse_UW[candidate_N], owner_N, videos.columns,
+        )  # fmt: skip
     followed_N1 = np.zeros((n_candidates, 1)) if followed_N is None else np.asarray(followed_N)[:, None]
     return Inputs(
         user_sparse_BW=user.sparse_BW,
@@ -127,7 +130,7 @@ def assemble(
         video_dense_UD=np.asarray(videos.dense[distinct_U]),
         video_columns=videos.columns,
         history_BL=history_BL,
-        history_signals_BLS=signals_BLS,
+        history_signals_BLS=unpack_signals(history.signals_BL),
         history_watch_BL=history.watch_fraction_BL,
         history_ts_ms_BL=history.ts_ms_BL,
         history_gap_BL=history.gap_bucket(now_ms_B),

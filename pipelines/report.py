@@ -29,7 +29,7 @@ def write_report(run: Mapping[str, Any], path: str | Path) -> Path:
       filled, alone, marginal, unique}]; ranking: [{task, auc, gauc, ne, calibration, ...}]; primary: [{name, gauc,
       ndcg5, primary}]: tables, one column a key in the order of first appearance
     - slices: [{slice, value, task, calibration, ece, ...}]; watch: {mae_s, xauc, ..., buckets: [{duration_s, ...}]};
-      collisions: [{table, collision_rate}]
+      slots: [{slot, impressions, TASK: logit}]; collisions: [{table, collision_rate}]
     - reliability: {task: {predicted: [], observed: [], rows: []}}, as `asdict(metrics.reliability(...))` with lists
     - gate: [{rule, candidate, live, passed}]
     - replay: `ReplayReport.to_dict()`
@@ -132,6 +132,10 @@ def _tables(run: Mapping[str, Any]) -> list[dict[str, Any]]:
         "watch": (
             "Watch time by duration",
             "Mean absolute error in seconds, share of pairs in the right order, means of both.",
+        ),
+        "slots": (
+            "Slots",
+            "Logits that the side tower gives each slot, less those of the first; serving leaves them out.",
         ),
         "collisions": ("Hash collisions", "Share of the known ids that share their embedding row with another one."),
     }

@@ -55,6 +55,7 @@ def run(
         "ranking": metrics["ranking"],
         "primary": metrics["primary"],
         "slices": metrics["slices"],
+        "slots": metrics["slots"],
         "watch": metrics["watch"],
         "collisions": metrics["collisions"],
         "reliability": metrics["reliability"],

@@ -52,6 +52,7 @@ from pipelines.gate import GateError, Verdict, judge, passed, to_rows
 from pipelines.recipes import Split
 from pipelines.sharding import plan_table
 from pipelines.slices import evaluate_slices, slicings
+from pipelines.slot_effect import slot_effect
 from pipelines.train import Job, train_all
 from pipelines.trainer import Progress
 from pipelines.workspace import Workspace
@@ -266,12 +267,16 @@ def _embed_and_index(
 
 
 def _collisions(dataset: Dataset) -> Iterator[tuple[str, float]]:
-    """What hashing costs each id feature."""
-    spec = dataset.encoder.spec
+    """What hashing costs each id feature: those that keep to known ids, and authors."""
+    spec, encoder = dataset.encoder.spec, dataset.encoder
     for side, features in (("user", spec.user), ("video", spec.video)):
         for feature in features:
-            if isinstance(feature, Categorical) and feature.known_only:
-                known = dataset.encoder.known[f"{side}.{feature.name}"]
+            if not isinstance(feature, Categorical):
+                continue
+            known = encoder.known.get(f"{side}.{feature.name}")
+            if known is None and feature.column == "author_id":
+                known = np.asarray(dataset.author_id[dataset.author_id != 0])
+            if known is not None:
                 yield feature.name, collision_rate(known, feature.rows, spec.seed)
 
 
@@ -310,6 +315,7 @@ def _ranking(
             probability_NT,
             slicings(dataset, rows, dataset.rows_on(split.train), events["surface"].to_numpy()[rows].tolist()),
         ),
+        "slots": slot_effect(ws.ranker, dataset, dataset.rows_on(split.train)),
         "watch": evaluate_watch(dataset, rows, watch_ms_N),
         "collisions": [{"table": name, "collision_rate": share} for name, share in _collisions(dataset)],
         "reliability": {"long_view": reliability_points(labels, probability_NT[:, t])},

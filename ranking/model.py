@@ -59,6 +59,9 @@ class RankerConfig:
     """On the experts' hidden layer."""
     embedding_dropout: float = 0.1
     """On the looked-up embeddings, element by element."""
+    id_dropout: float = 0.0
+    """Share of the users and videos of a batch whose id is taken for unknown: it trains the row that unknown ids share,
+    and the rest of the model to do without them."""
     embedding_l2: float = 0.0
     """Penalty on the squared norm of each looked-up embedding; part of the loss, so it works with fused optimisers."""
     embedding_init: float = 0.02

@@ -6,7 +6,7 @@ N examples of a batch, T tasks. The training loop is not here: it asks this task
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +14,8 @@ import torch
 from safetensors.torch import save_file
 
 from features.dataset import Dataset
-from features.inputs import Collated
+from features.inputs import Collated, Inputs
+from features.spec import Categorical
 from ranking.calibrate import Calibration
 from ranking.infer import Ranker
 from ranking.model import RankerConfig, RankerModel, RankerSizes, config_fields
@@ -50,6 +51,8 @@ class RankerTask:
         if not self.tasks:
             raise ValueError(f"no positive of any task on the training dates {train_dates}: nothing to learn")
         self._units, self._weight = self._drawn(np.concatenate([self._undated, self._dated_rows]))
+        self._is_validation = np.zeros(len(self._weight), bool)
+        self._is_validation[self._validation_rows] = True
         self._task_columns = [TASKS.index(task) for task in self.tasks]
         self._sizes = RankerSizes.of(dataset, self.tasks, config.leave_out)
         self._watch = self._fit_watch()
@@ -67,16 +70,17 @@ class RankerTask:
         return self._validation_rows
 
     def collate(self, units: np.ndarray, *, seed: int) -> Collated:
-        """Inputs, labels (N, T), watch-time quantiles and weights (N,), dated impressions first; nothing is drawn, so
-        the seed changes nothing."""
+        """Inputs, labels (N, T), watch-time quantiles and weights (N,), dated impressions first; the seed draws whose
+        id is dropped in training."""
         dataset = self._dataset
         dated = units < len(dataset.examples)
         units = np.concatenate([units[dated], units[~dated]])
         n_dated = np.count_nonzero(dated)
         undated = dataset.undated.take(units[n_dated:] - len(dataset.examples))
         examples = dataset.examples.take(units[:n_dated]) + undated
-        reads_history = self._config.history or self._config.counters
-        inputs = dataset.inputs_of(examples, history_length=None if reads_history else 0)
+        inputs = dataset.inputs_of(examples, history=self._config.history, pairs=self._config.counters)
+        if self._config.id_dropout and not self._is_validation[units].any():
+            inputs = self._without_some_ids(inputs, np.random.default_rng(seed))
         watch_quantile_N = self._watch.quantile(examples.watch_ms, self._watch.durations(inputs))
         labels_NT = task_labels(examples)[:, self._task_columns]
         targets = {"labels_NT": labels_NT, "watch_quantile_N": watch_quantile_N, "weight_N": self._weight[units]}
@@ -97,6 +101,20 @@ class RankerTask:
         Calibration.identity(self.tasks).save(folder / "calibration.json")
         if len(self._validation_rows):
             self._calibrate(Ranker.load(folder)).save(folder / "calibration.json")
+
+    def _without_some_ids(self, inputs: Inputs, rng: np.random.Generator) -> Inputs:
+        spec = self._dataset.encoder.spec
+        kept = []
+        for features, rows_NW, columns in (
+            (spec.user, inputs.user_sparse_BW, inputs.user_columns),
+            (spec.video, inputs.video_sparse_UW, inputs.video_columns),
+        ):
+            rows_NW, dropped_N = rows_NW.copy(), rng.random(len(rows_NW)) < self._config.id_dropout
+            for feature in features:
+                if isinstance(feature, Categorical) and feature.known_only:
+                    rows_NW[dropped_N, columns.slice(feature.name)] = 0
+            kept.append(rows_NW)
+        return replace(inputs, user_sparse_BW=kept[0], video_sparse_UW=kept[1])
 
     def _drawn(self, units: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """All units with a positive signal and the configured share of the others; and for how many impressions each

@@ -13,6 +13,7 @@ import numpy as np
 
 from features.history import HistoryWindow, empty_window
 from features.inputs import Inputs, UserRows, assemble
+from features.pairs import PAST
 from serving.bundle import FeedBundle
 from serving.store import UserState
 
@@ -28,6 +29,8 @@ class Query:
     surface: str | None
     surface_row: int
     history: HistoryWindow
+    past: HistoryWindow
+    """The longer window that counters of the viewer with authors and tags are taken over."""
     seen_rows: np.ndarray
     """(E,) int64 rows of videos, distinct, ascending, without 0."""
     followed_authors: np.ndarray
@@ -43,13 +46,15 @@ def hydrate(bundle: FeedBundle, live: UserState, *, user_id: int, now_ms: int, s
     past_rows = np.asarray(bundle.history.video_row[start:end])
     seen = np.unique(np.concatenate([past_rows, bundle.videos.rows_of(live.seen_ids)]))
     followed = np.concatenate([bundle.follows.of(user_row, now_ms), live.followed_authors])
+    past = _merged_window(bundle, live, user_row, start, end, now_ms)
     return Query(
         user_id=user_id,
         user_row=user_row,
         now_ms=now_ms,
         surface=surface,
         surface_row=int(bundle.encoder.surface_rows([surface])[0]),
-        history=_merged_window(bundle, live, user_row, start, end, now_ms),
+        history=past.last(bundle.encoder.spec.history_length),
+        past=past.last(PAST),
         seen_rows=seen[seen > 0],
         followed_authors=np.unique(followed),
         cold=user_row == 0 and len(live.seen_ids) == 0,
@@ -66,6 +71,7 @@ def model_inputs(bundle: FeedBundle, query: Query, candidate_rows_K: np.ndarray)
         surface_B=np.array([query.surface_row]),
         now_ms_B=np.array([query.now_ms]),
         history=query.history,
+        past=query.past,
         videos=bundle.videos,
         candidate_rows_N=candidate_rows_K,
         owner_N=np.zeros(len(candidate_rows_K), np.int64),
@@ -85,7 +91,7 @@ def _base_range(bundle: FeedBundle, user_row: int, now_ms: int) -> tuple[int, in
 def _merged_window(
     bundle: FeedBundle, live: UserState, user_row: int, start: int, end: int, now_ms: int
 ) -> HistoryWindow:
-    length = bundle.encoder.spec.history_length
+    length = max(PAST, bundle.encoder.spec.history_length)
     base = bundle.history.windows(np.array([user_row]), np.array([end]), length)
     past_E = live.ts_ms_E < now_ms
     if not past_E.any():

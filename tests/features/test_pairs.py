@@ -10,6 +10,7 @@ from features.pairs import PAIR_WIDTH, STRENGTH, WIDTH_PER_FEATURE, pair_feature
 from features.schema import SIGNALS
 
 COLUMNS = SparseColumns(names=("author_id", "tags"), widths=(1, 2), table_rows=(100, 100))
+LENGTHS = SparseColumns(names=("duration_bucket",), widths=(1,), table_rows=(17,))
 CLICK, LIKE = SIGNALS.index("click"), SIGNALS.index("like")
 
 
@@ -34,9 +35,9 @@ def test_rates_are_what_the_pair_adds_to_the_viewers_own() -> None:
     assert author[0, 0] == pytest.approx((2 - 2 * 0.5) / (2 + STRENGTH))
     assert author[0, 2] == pytest.approx((1 - 2 * 0.25) / (2 + STRENGTH))
     assert author[0, 3] == pytest.approx(np.log1p(2) / 4)
-    # Tags 3 and 2: the second and third impression share one; the third shares both and counts once.
-    assert tags[0, 0] == pytest.approx((1 - 2 * 0.5) / (2 + STRENGTH))
-    assert tags[0, 3] == pytest.approx(np.log1p(2) / 4)
+    # Tag 3 was seen once, without a click; tag 2 twice, with one click: the mean of both.
+    assert tags[0, 0] == pytest.approx(((0 - 1 * 0.5) / (1 + STRENGTH) + (1 - 2 * 0.5) / (2 + STRENGTH)) / 2)
+    assert tags[0, 3] == pytest.approx((np.log1p(1) + np.log1p(2)) / 2 / 4)
     assert found[1].tolist() == [0.0] * PAIR_WIDTH, "nothing is known of a stranger"
     assert tags[2].tolist() == [0.0] * WIDTH_PER_FEATURE, "a video without tags shares none with padding"
 
@@ -55,3 +56,11 @@ def test_several_contexts_in_one_batch_count_as_each_alone() -> None:
         np.testing.assert_allclose(together[own], alone, atol=1e-6)
     assert np.abs(together[owner == 1]).max() == 0.0, "an empty history"
     assert np.isfinite(together).all()
+
+
+def test_neighbouring_buckets_of_a_length_count_as_one() -> None:
+    sparse, signals = np.array([[[3], [5], [8], [9]]]), np.zeros((1, 4, len(SIGNALS)), np.float32)
+    signals[0, :2, CLICK] = 1.0
+    found = pair_features(sparse, signals, np.array([4]), np.array([[3], [7], [16]]), np.zeros(3, np.int64), LENGTHS)
+    assert found[:, -1].tolist() == pytest.approx([np.log1p(2) / 4, np.log1p(3) / 4, 0.0])
+    assert found[:, 2 * WIDTH_PER_FEATURE].tolist() == pytest.approx([(2 - 1) / 6, (1 - 1.5) / 7, 0.0])

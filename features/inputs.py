@@ -16,7 +16,7 @@ import numpy as np
 
 from features.entities import Encoded, Entities, SparseColumns
 from features.history import UNDATED_TS_MS, HistoryWindow, unpack_signals
-from features.pairs import PAIR_WIDTH, pair_features
+from features.pairs import PAIR_WIDTH, pair_features, profile_features
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,10 +115,16 @@ def assemble(
     candidate_N = position[1 + n_history : 1 + n_history + n_candidates]
     pair_NC = np.zeros((n_candidates, PAIR_WIDTH), np.float32)
     if past is not None:
-        pair_NC = pair_features(
-            np.asarray(videos.sparse[past.video_row_BL]), unpack_signals(past.signals_BL), past.length_B,
-            video_sparse_UW[candidate_N], owner_N, videos.columns,
-        )  # fmt: skip
+        signals_BPS, rows_BP = unpack_signals(past.signals_BL), past.video_row_BL
+        about = (signals_BPS, past.length_B)
+        sparse_NW, dense_ND = video_sparse_UW[candidate_N], np.asarray(videos.dense[candidate_rows_N])
+        pair_NC = np.concatenate(
+            [
+                pair_features(np.asarray(videos.sparse[rows_BP]), *about, sparse_NW, owner_N, videos.columns),
+                profile_features(np.asarray(videos.dense[rows_BP]), *about, dense_ND, owner_N),
+            ],
+            axis=1,
+        )
     followed_N1 = np.zeros((n_candidates, 1)) if followed_N is None else np.asarray(followed_N)[:, None]
     return Inputs(
         user_sparse_BW=user.sparse_BW,

@@ -1,8 +1,8 @@
-"""What a viewer did with a candidate's author, its tags and videos of its length: counters of the pair.
+"""What a viewer did with a candidate's author, its tags, videos of its length, and videos that look like it.
 
 Counted over the viewer's last PAST events, which end strictly before the request, by the function that training and
 serving share: no table of pairs is kept, and a live event counts at the next request. B contexts, N candidates, P past
-events, S counted signals, W slots of a feature, D distinct values.
+events, S counted signals, W slots of a feature, V distinct values, D dense width of a video.
 """
 
 from __future__ import annotations
@@ -21,8 +21,38 @@ the same (buckets have neighbours, ids have none). A feature that the spec has n
 STRENGTH = 4.0
 """Pseudo-impressions at the viewer's own rate behind each rate."""
 WIDTH_PER_FEATURE = len(COUNTED) + 1
-PAIR_WIDTH = len(PAIRED) * WIDTH_PER_FEATURE
-"""Columns: for each paired feature, what each counted signal's rate adds to the viewer's own, and the support."""
+BLOCKS = 2
+"""Of a video's dense features: the first (a number, such as its length) and all others (its content) by themselves."""
+PROFILE_STRENGTH = 20.0
+"""Pseudo-events without a lesson behind a profile."""
+PROFILE_SCALE = 8.0
+"""Brings products with a profile to the size of the other columns."""
+PAIR_WIDTH = len(PAIRED) * WIDTH_PER_FEATURE + BLOCKS * len(COUNTED)
+"""Columns: for each paired feature, what each counted signal's rate adds to the viewer's own, and the support; then
+for each block and counted signal the product with the viewer's profile."""
+
+
+def profile_features(
+    past_dense_BPD: np.ndarray,
+    signals_BPS: np.ndarray,
+    length_B: np.ndarray,
+    candidate_dense_ND: np.ndarray,
+    owner_N: np.ndarray,
+) -> np.ndarray:
+    """(N, BLOCKS * len(COUNTED)) float32: candidate times profile, block by block. A viewer's profile is the mean of
+    (signal - the viewer's rate) * dense features over the past: the first step of a logistic regression of the
+    viewer's own, in the features of videos."""
+    counted_BPS, mask_BP, rate_BS = _counted(signals_BPS, length_B)
+    lesson_BSP = np.swapaxes((counted_BPS - rate_BS[:, None, :]) * mask_BP[..., None], 1, 2)
+    profile_BSD = lesson_BSP @ past_dense_BPD / (length_B[:, None, None] + PROFILE_STRENGTH)
+    out = []
+    for block in (slice(0, 1), slice(1, None)):
+        mine_ND, theirs_BSD = candidate_dense_ND[:, block], profile_BSD[..., block]
+        if len(length_B) == 1:
+            out.append(mine_ND @ theirs_BSD[0].T)
+        else:
+            out.append(np.matmul(theirs_BSD[owner_N], mine_ND[..., None])[..., 0])
+    return (PROFILE_SCALE * np.concatenate(out, axis=1)).astype(np.float32)
 
 
 def pair_features(
@@ -33,18 +63,14 @@ def pair_features(
     owner_N: np.ndarray,
     columns: SparseColumns,
 ) -> np.ndarray:
-    """(N, PAIR_WIDTH) float32. Over the past events with a candidate's value: the share with a signal less the
-    viewer's share over all events, shrunk by STRENGTH; and log1p of their number / 4. Of several values the mean.
+    """(N, len(PAIRED) * WIDTH_PER_FEATURE) float32. Over the past events with a candidate's value: the share with a
+    signal less the viewer's share over all events, shrunk by STRENGTH; and log1p of their number / 4. Of several
+    values the mean.
 
     `signals_BPS` has all of SIGNALS; events at and beyond `length_B` are padding."""
-    n_contexts, past = signals_BPS.shape[:2]
-    out_NC = np.zeros((len(owner_N), PAIR_WIDTH), np.float32)
-    if past == 0 or len(owner_N) == 0:
-        return out_NC
-    counted_BPS = signals_BPS[..., [SIGNALS.index(signal) for signal in COUNTED]]
-    mask_BP = np.arange(past) < length_B[:, None]
-    counted_BPS = counted_BPS * mask_BP[..., None]
-    rate_BS = counted_BPS.sum(1) / np.maximum(length_B, 1)[:, None]
+    n_contexts = len(length_B)
+    out_NC = np.zeros((len(owner_N), len(PAIRED) * WIDTH_PER_FEATURE), np.float32)
+    counted_BPS, mask_BP, rate_BS = _counted(signals_BPS, length_B)
     ones_BP1 = mask_BP[..., None].astype(np.float32)
     tallied_BPS = np.concatenate([counted_BPS, ones_BP1], axis=2).astype(np.float32)
     for place, (name, reach) in enumerate(PAIRED.items()):
@@ -58,8 +84,8 @@ def pair_features(
             known_N = value_N >= 0
             if n_contexts == 1:
                 # All candidates look at one past: each distinct value does so once.
-                distinct_D, which_N = np.unique(value_N, return_inverse=True)
-                tally_NS = _tally(theirs_BPW, tallied_BPS, distinct_D, reach)[which_N]
+                distinct_V, which_N = np.unique(value_N, return_inverse=True)
+                tally_NS = _tally(theirs_BPW, tallied_BPS, distinct_V, reach)[which_N]
             else:
                 tally_NS = _tally(theirs_BPW[owner_N], tallied_BPS[owner_N], value_N, reach)
             count_N1 = tally_NS[:, -1:]
@@ -68,6 +94,13 @@ def pair_features(
             present_N += known_N
         block_NC /= np.maximum(present_N, 1.0)[:, None]
     return out_NC
+
+
+def _counted(signals_BPS: np.ndarray, length_B: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Counted signals without padding (B, P, S), the mask of events (B, P), and each viewer's rates (B, S)."""
+    mask_BP = np.arange(signals_BPS.shape[1]) < length_B[:, None]
+    counted_BPS = signals_BPS[..., [SIGNALS.index(signal) for signal in COUNTED]] * mask_BP[..., None]
+    return counted_BPS, mask_BP, counted_BPS.sum(1) / np.maximum(length_B, 1)[:, None]
 
 
 def _tally(theirs_XPW: np.ndarray, tallied_XPS: np.ndarray, value_N: np.ndarray, reach: int) -> np.ndarray:

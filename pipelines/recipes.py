@@ -129,7 +129,8 @@ def world_smoke() -> Recipe:
         # a history more than its order (.844): this world's users drift, they have no sequences.
         towers=TowerConfig(full_softmax_up_to=0, encoder="none"),
         towers_train=TrainConfig(epochs=2, batch_size=32, lr_dense=3e-3, patience=1),
-        ranker_train=TrainConfig(epochs=2, batch_size=256, lr_dense=3e-3, patience=1),
+        ranker=RankerConfig(id_dropout=0.1),
+        ranker_train=TrainConfig(epochs=2, batch_size=256, lr_dense=3e-3, lr_sparse=0.02, lr_final=0.05, patience=1),
         popular_days=1,
     )
 
@@ -152,7 +153,7 @@ def world_small() -> Recipe:
         name="world-small",
         spec=world_spec(user_rows=1 << 18, video_rows=1 << 19, author_rows=1 << 16),
         towers_train=TrainConfig(epochs=2, batch_size=64, lr_dense=3e-3, patience=1),
-        ranker_train=TrainConfig(epochs=2, batch_size=1024, lr_dense=3e-3, patience=1),
+        ranker_train=TrainConfig(epochs=2, batch_size=1024, lr_dense=3e-3, lr_sparse=0.02, lr_final=0.05, patience=1),
     )
 
 

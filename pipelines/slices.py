@@ -1,6 +1,6 @@
 """Calibration and order of the ranker by slice: where a probability that is right on average is wrong.
 
-N test impressions, T tasks. A slice is a group of impressions that is known before their outcome: surface, how active
+N test impressions, T tasks. A slice is a group of impressions that is known before their outcome: day, surface, how active
 the viewer was, age and popularity of the video, its duration, whether its author is followed.
 """
 
@@ -43,6 +43,7 @@ def slicings(dataset: Dataset, rows_N: np.ndarray, train_rows: np.ndarray, surfa
     uploaded_ms = np.asarray(dataset.upload_ts_ms[e.video_row])
     age_h = np.where(uploaded_ms < 0, np.nan, (e.ts_ms - uploaded_ms) / HOUR_MS)
     return [
+        _named("day", [dataset.dates[day] for day in e.day]),
         _named("surface", surfaces),
         _between("viewer's training impressions", of_user[e.user_row], (1, 20, 100)),
         _between("video's training impressions", of_video[e.video_row], (1, 20, 100)),

@@ -1,7 +1,7 @@
 """Calibration and order of the ranker by slice: where a probability that is right on average is wrong.
 
-N test impressions, T tasks. A slice is a group of impressions that is known before their outcome: day, surface, how active
-the viewer was, age and popularity of the video, its duration, whether its author is followed.
+N test impressions, T tasks. A slice is a group of impressions that is known before their outcome: day, surface, how
+active the viewer was, age and popularity of the video, its duration, whether its author is followed.
 """
 
 from __future__ import annotations

@@ -43,16 +43,21 @@ def profile_features(
     (signal - the viewer's rate) * dense features over the past: the first step of a logistic regression of the
     viewer's own, in the features of videos."""
     counted_BPS, mask_BP, rate_BS = _counted(signals_BPS, length_B)
-    lesson_BSP = np.swapaxes((counted_BPS - rate_BS[:, None, :]) * mask_BP[..., None], 1, 2)
-    profile_BSD = lesson_BSP @ past_dense_BPD / (length_B[:, None, None] + PROFILE_STRENGTH)
-    out = []
-    for block in (slice(0, 1), slice(1, None)):
-        mine_ND, theirs_BSD = candidate_dense_ND[:, block], profile_BSD[..., block]
-        if len(length_B) == 1:
-            out.append(mine_ND @ theirs_BSD[0].T)
-        else:
-            out.append(np.matmul(theirs_BSD[owner_N], mine_ND[..., None])[..., 0])
-    return (PROFILE_SCALE * np.concatenate(out, axis=1)).astype(np.float32)
+    lesson_BPS = (counted_BPS - rate_BS[:, None, :]) * mask_BP[..., None]
+    # Alike first, then the lesson: a profile of its own for each impression of a batch would cost more.
+    if len(length_B) == 1:
+        alike_NP, first_NP = (
+            candidate_dense_ND @ past_dense_BPD[0].T,
+            candidate_dense_ND[:, :1] * past_dense_BPD[0, :, 0],
+        )
+        out_NKS = np.stack([first_NP, alike_NP - first_NP], axis=1) @ lesson_BPS[0]
+    else:
+        past_dense_NPD = _of_owner(past_dense_BPD, owner_N)
+        alike_NP = np.matmul(past_dense_NPD, candidate_dense_ND[..., None])[..., 0]
+        first_NP = past_dense_NPD[..., 0] * candidate_dense_ND[:, :1]
+        out_NKS = np.matmul(np.stack([first_NP, alike_NP - first_NP], axis=1), _of_owner(lesson_BPS, owner_N))
+    scale_N = PROFILE_SCALE / (length_B[owner_N] + PROFILE_STRENGTH)
+    return (out_NKS * scale_N[:, None, None]).reshape(len(owner_N), -1).astype(np.float32)
 
 
 def pair_features(
@@ -82,12 +87,15 @@ def pair_features(
         for slot in range(at.start, at.stop):
             value_N = candidate_sparse_NW[:, slot]
             known_N = value_N >= 0
+            if not known_N.any():
+                continue
             if n_contexts == 1:
                 # All candidates look at one past: each distinct value does so once.
                 distinct_V, which_N = np.unique(value_N, return_inverse=True)
                 tally_NS = _tally(theirs_BPW, tallied_BPS, distinct_V, reach)[which_N]
             else:
-                tally_NS = _tally(theirs_BPW[owner_N], tallied_BPS[owner_N], value_N, reach)
+                theirs_NPW, tallied_NPS = _of_owner(theirs_BPW, owner_N), _of_owner(tallied_BPS, owner_N)
+                tally_NS = _tally(theirs_NPW, tallied_NPS, value_N, reach)
             count_N1 = tally_NS[:, -1:]
             surplus_NS = (tally_NS[:, :-1] - count_N1 * rate_BS[owner_N]) / (count_N1 + STRENGTH)
             block_NC += np.concatenate([surplus_NS, np.log1p(count_N1) / 4.0], axis=1) * known_N[:, None]
@@ -100,7 +108,15 @@ def _counted(signals_BPS: np.ndarray, length_B: np.ndarray) -> tuple[np.ndarray,
     """Counted signals without padding (B, P, S), the mask of events (B, P), and each viewer's rates (B, S)."""
     mask_BP = np.arange(signals_BPS.shape[1]) < length_B[:, None]
     counted_BPS = signals_BPS[..., [SIGNALS.index(signal) for signal in COUNTED]] * mask_BP[..., None]
-    return counted_BPS, mask_BP, counted_BPS.sum(1) / np.maximum(length_B, 1)[:, None]
+    rate_BS = counted_BPS.sum(1) / np.maximum(length_B, 1)[:, None]
+    return counted_BPS, mask_BP, rate_BS.astype(np.float32)
+
+
+def _of_owner(x_B: np.ndarray, owner_N: np.ndarray) -> np.ndarray:
+    """The context's entry for each candidate; without a copy where each context has one, as in training."""
+    if len(owner_N) == len(x_B) and (owner_N == np.arange(len(x_B))).all():
+        return x_B
+    return x_B[owner_N]
 
 
 def _tally(theirs_XPW: np.ndarray, tallied_XPS: np.ndarray, value_N: np.ndarray, reach: int) -> np.ndarray:
@@ -108,6 +124,8 @@ def _tally(theirs_XPW: np.ndarray, tallied_XPS: np.ndarray, value_N: np.ndarray,
     same_NP = np.zeros((len(value_N), theirs_XPW.shape[1]), bool)
     for w in range(theirs_XPW.shape[2]):
         theirs_XP = theirs_XPW[..., w]
+        if w and not (theirs_XP >= 0).any():
+            break  # values fill the slots from the left
         if reach == 0:
             same_NP |= theirs_XP == value_N[:, None]
         else:

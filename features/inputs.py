@@ -114,7 +114,7 @@ def assemble(
     history_BL = position[1 : 1 + n_history].reshape(history.video_row_BL.shape)
     candidate_N = position[1 + n_history : 1 + n_history + n_candidates]
     pair_NC = np.zeros((n_candidates, PAIR_WIDTH), np.float32)
-    if past is not None:
+    if past is not None and n_candidates:
         signals_BPS, rows_BP = unpack_signals(past.signals_BL), past.video_row_BL
         about = (signals_BPS, past.length_B)
         sparse_NW, dense_ND = video_sparse_UW[candidate_N], np.asarray(videos.dense[candidate_rows_N])

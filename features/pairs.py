@@ -57,7 +57,7 @@ def profile_features(
         first_NP = past_dense_NPD[..., 0] * candidate_dense_ND[:, :1]
         out_NKS = np.matmul(np.stack([first_NP, alike_NP - first_NP], axis=1), _of_owner(lesson_BPS, owner_N))
     scale_N = PROFILE_SCALE / (length_B[owner_N] + PROFILE_STRENGTH)
-    return (out_NKS * scale_N[:, None, None]).reshape(len(owner_N), -1).astype(np.float32)
+    return (out_NKS * scale_N[:, None, None]).reshape(len(owner_N), BLOCKS * len(COUNTED)).astype(np.float32)
 
 
 def pair_features(

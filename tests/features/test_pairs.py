@@ -98,3 +98,5 @@ def test_profiles_of_several_contexts_are_those_of_each_alone() -> None:
         alone = profile_features(dense[of_b], signals[of_b], length[of_b], candidates[own], np.zeros(own.sum(), int))
         np.testing.assert_allclose(together[own], alone, atol=1e-6)
     assert np.abs(together[owner == 1]).max() == 0.0, "an empty past"
+    nobody = np.zeros(0, int)
+    assert profile_features(dense, signals, length, candidates[:0], nobody).shape == together[:0].shape

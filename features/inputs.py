@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from features.entities import Encoded, Entities, SparseColumns
+from features.entities import ByRow, Encoded, Entities, SparseColumns
 from features.history import UNDATED_TS_MS, HistoryWindow, unpack_signals
 from features.pairs import PAIR_WIDTH, pair_features, profile_features
 
@@ -120,8 +120,8 @@ def assemble(
         sparse_NW, dense_ND = video_sparse_UW[candidate_N], np.asarray(videos.dense[candidate_rows_N])
         pair_NC = np.concatenate(
             [
-                pair_features(np.asarray(videos.sparse[rows_BP]), *about, sparse_NW, owner_N, videos.columns),
-                profile_features(np.asarray(videos.dense[rows_BP]), *about, dense_ND, owner_N),
+                pair_features(_gather(videos.sparse, rows_BP), *about, sparse_NW, owner_N, videos.columns),
+                profile_features(_gather(videos.dense, rows_BP), *about, dense_ND, owner_N),
             ],
             axis=1,
         )
@@ -149,6 +149,12 @@ def assemble(
         slot_N=slot_N,
         extra_X=position[1 + n_history + n_candidates :],
     )
+
+
+def _gather(table: ByRow, rows_BP: np.ndarray) -> np.ndarray:
+    """(B, P, width): a catalogue that grows takes plain lists of rows alone."""
+    flat = np.asarray(table[rows_BP.ravel()])
+    return flat.reshape(*rows_BP.shape, flat.shape[1])
 
 
 @dataclass(frozen=True, slots=True)

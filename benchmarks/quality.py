@@ -25,7 +25,11 @@ KEPT = (
     "pools",
     "channels",
     "ranking",
+    "slices",
+    "slots",
     "primary",
+    "watch",
+    "collisions",
 )
 
 
@@ -36,7 +40,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="also write the figures here")
     arguments = parser.parse_args()
     record = json.loads((arguments.run / "run.json").read_text())
-    kept = {name: record[name] for name in (*KEPT, "watch")}
+    kept = {name: record[name] for name in KEPT}
     console = output()
     console.print(f"{kept['title']} on {kept['machine']['cpu']}, {kept['machine']['cores']} cores")
     console.print(", ".join(f"{name} {version}" for name, version in kept["versions"].items()), soft_wrap=True)

@@ -15,8 +15,10 @@ import pyarrow as pa
 
 from features.counters import BEFORE, DailyCounters, count_days
 from features.entities import Entities
+from features.follows import Follows
 from features.history import UNDATED_TS_MS, HistoryLog, signal_bits, watch_fraction
 from features.inputs import UNKNOWN_UPLOAD, Inputs, UserRows, assemble
+from features.pairs import PAST
 from features.schema import SIGNALS
 from features.spec import FeatureSpec
 from features.transforms import Encoder
@@ -40,6 +42,8 @@ class Examples:
     watch_ms: np.ndarray
     """(E,) float32, NaN for not logged."""
     duration_ms: np.ndarray
+    followed: np.ndarray
+    """(E,) bool, whether the user followed the author strictly before the impression."""
 
     def __len__(self) -> int:
         return len(self.user_row)
@@ -67,6 +71,7 @@ class Dataset:
     """(videos + 1,) bool by video row."""
     history: HistoryLog
     counters: DailyCounters
+    follows: Follows
     examples: Examples
     """Dated, in the order of the canonical table (by date, then file order)."""
     undated: Examples
@@ -83,11 +88,13 @@ class Dataset:
         events: pa.Table,
         undated: pa.Table | None,
         train_dates: tuple[str, ...],
+        follows: pa.Table | None = None,
         author_feature: str = "author_id",
         tag_feature: str = "tags",
     ) -> Dataset:
         """Encode the canonical tables. `events` carries a `date` column (string); the encoder is fitted on, and
-        known ids are taken from, the training dates (and undated impressions) alone."""
+        known ids are taken from, the training dates (and undated impressions) alone. Without `follows`, the events'
+        own follow signals say who follows whom."""
         dates = tuple(sorted(set(events["date"].to_pylist())))
         in_training = pa.array(np.isin(np.array(events["date"].to_pylist()), np.array(train_dates)))
         seen_users = [_ids(events.filter(in_training), "user_id")]
@@ -100,7 +107,10 @@ class Dataset:
             spec, users, videos, seen_users=np.concatenate(seen_users), seen_videos=np.concatenate(seen_videos)
         )
         user_rows, video_rows = encoder.users(users), encoder.videos(videos)
-        return _with_events(encoder, user_rows, video_rows, videos, events, undated, dates, author_feature, tag_feature)
+        followed = Follows.build(user_rows, follows, events)
+        return _with_events(
+            encoder, user_rows, video_rows, videos, events, undated, followed, dates, author_feature, tag_feature
+        )
 
     def rows_on(self, dates: tuple[str, ...]) -> np.ndarray:
         """Examples of these dates (row numbers, ascending)."""
@@ -123,23 +133,31 @@ class Dataset:
         return self.inputs_of(replace(e, day=day, slot=slot), extra_rows_X)
 
     def inputs_of(
-        self, e: Examples, extra_rows_X: np.ndarray | None = None, history_length: int | None = None
+        self,
+        e: Examples,
+        extra_rows_X: np.ndarray | None = None,
+        *,
+        history: bool = True,
+        pairs: bool = True,
     ) -> Inputs:
-        """One context and one candidate an impression; `history_length` is the spec's by default, and 0 for a model
-        that reads no histories: gathering them is most of the work."""
-        length = self.encoder.spec.history_length if history_length is None else history_length
+        """One context and one candidate an impression; without histories, or counters of pairs, for a model that does
+        not read them: gathering them is most of the work."""
+        length = self.encoder.spec.history_length if history else 0
+        past = self.history.windows(e.user_row, e.history_end, max(PAST, length) if pairs else length)
         return assemble(
             user=UserRows.take(self.users, e.user_row),
             user_counters_BC=self.counters.user(e.day, e.user_row),
             surface_B=e.surface,
             now_ms_B=e.ts_ms,
-            history=self.history.windows(e.user_row, e.history_end, length),
+            history=past.last(length),
+            past=past.last(PAST) if pairs else None,
             videos=self.videos,
             candidate_rows_N=e.video_row,
             owner_N=np.arange(len(e)),
             candidate_counters_NC=self.counters.video(e.day, e.video_row),
             candidate_upload_ts_ms_N=self.upload_ts_ms[e.video_row],
             slot_N=e.slot,
+            followed_N=e.followed,
             extra_rows_X=extra_rows_X,
         )
 
@@ -151,6 +169,7 @@ class Dataset:
         self.videos.save(folder, "videos")
         self.history.save(folder)
         self.counters.save(folder)
+        self.follows.save(folder)
         for name in ("upload_ts_ms", "author_id", "eligible"):
             np.save(folder / f"videos_{name}.npy", getattr(self, name), allow_pickle=False)
         for name in ("examples", "undated"):
@@ -176,6 +195,7 @@ class Dataset:
             eligible=array("videos_eligible"),
             history=HistoryLog.load(folder),
             counters=DailyCounters.load(folder),
+            follows=Follows.load(folder),
             examples=Examples(**{f.name: array(f"examples_{f.name}") for f in fields(Examples)}),
             undated=Examples(**{f.name: array(f"undated_{f.name}") for f in fields(Examples)}),
             dates=tuple(json.loads((folder / "dates.json").read_text())),
@@ -194,6 +214,7 @@ def _with_events(
     video_table: pa.Table,
     events: pa.Table,
     undated: pa.Table | None,
+    follows: Follows,
     dates: tuple[str, ...],
     author_feature: str,
     tag_feature: str,
@@ -226,6 +247,8 @@ def _with_events(
         video_row_N=np.concatenate([past_videos, video_row]),
         signals_NS=np.concatenate([past_signals, signals]),
     )
+    by_id = video_table.sort_by("video_id")
+    author_id = np.concatenate([[0], _ids(by_id, "author_id")])
     examples = Examples(
         user_row=user_row,
         video_row=video_row,
@@ -237,8 +260,8 @@ def _with_events(
         signals=signals,
         watch_ms=watch,
         duration_ms=duration,
+        followed=follows.at(user_row, author_id[video_row], ts_ms),
     )
-    by_id = video_table.sort_by("video_id")
     nothing = np.full(len(past_users), np.nan, np.float32)
     zeros = np.zeros(len(past_users), np.int64)
     past = Examples(
@@ -252,16 +275,18 @@ def _with_events(
         signals=past_signals,
         watch_ms=nothing,
         duration_ms=nothing,
+        followed=zeros.astype(bool),
     )
     return Dataset(
         encoder=encoder,
         users=users,
         videos=videos,
         upload_ts_ms=np.concatenate([[UNKNOWN_UPLOAD], _ids(by_id, "upload_ts_ms", null=UNKNOWN_UPLOAD)]),
-        author_id=np.concatenate([[0], _ids(by_id, "author_id")]),
+        author_id=author_id,
         eligible=np.concatenate([[False], by_id["eligible"].to_numpy(zero_copy_only=False)]),
         history=history,
         counters=counters,
+        follows=follows,
         examples=examples,
         undated=past.take(np.flatnonzero(past_users > 0)),
         dates=dates,

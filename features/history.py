@@ -39,6 +39,23 @@ class HistoryWindow:
         """Time from each event to the request (B, L) int64, as log2 buckets of seconds."""
         return gap_bucket(np.asarray(now_ms_B)[:, None], self.ts_ms_BL, self.mask_BL)
 
+    def last(self, length: int) -> HistoryWindow:
+        """The same windows cut to their last `length` events."""
+        if length == self.video_row_BL.shape[1]:
+            return self
+        kept_B = np.minimum(self.length_B, length)
+        at_BL = (self.length_B - kept_B)[:, None] + np.arange(length)[None, :]
+        mask_BL = np.arange(length)[None, :] < kept_B[:, None]
+        at_BL = np.where(mask_BL, at_BL, 0)
+        cut = {"length_B": kept_B}
+        for field in fields(self):
+            if field.name not in cut:
+                empty = UNDATED_TS_MS if field.name == "ts_ms_BL" else 0
+                values_BP = getattr(self, field.name)
+                taken_BL = np.take_along_axis(values_BP, at_BL, axis=1) if values_BP.shape[1] else at_BL
+                cut[field.name] = np.where(mask_BL, taken_BL, empty).astype(values_BP.dtype)
+        return HistoryWindow(**cut)
+
     @property
     def mask_BL(self) -> np.ndarray:
         """(B, L) bool, True where there is an event."""

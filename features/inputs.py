@@ -14,8 +14,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from features.entities import Encoded, Entities, SparseColumns
+from features.entities import ByRow, Encoded, Entities, SparseColumns
 from features.history import UNDATED_TS_MS, HistoryWindow, unpack_signals
+from features.pairs import PAIR_WIDTH, pair_features, profile_features
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +60,8 @@ class Inputs:
     owner_N: np.ndarray
     """Context of each candidate."""
     candidate_dense_NC: np.ndarray
-    """Features of (candidate, instant): counters, and age at the request."""
+    """Features of (candidate, instant): counters of the video, counters of the pair, and at the end INSTANT_WIDTH
+    columns that are no counters: age at the request, and whether the viewer follows the author."""
     slot_N: np.ndarray
     extra_X: np.ndarray
     """Positions in U of further videos (sampled negatives)."""
@@ -67,6 +69,8 @@ class Inputs:
 
 AGE_WIDTH = 2
 """Age features: log1p of hours since upload, and whether the upload time is known."""
+INSTANT_WIDTH = AGE_WIDTH + 1
+"""Last columns of `candidate_dense_NC`: age, and whether the viewer follows the author."""
 
 
 def age_features(now_ms_N: np.ndarray, upload_ts_ms_N: np.ndarray) -> np.ndarray:
@@ -93,35 +97,64 @@ def assemble(
     candidate_counters_NC: np.ndarray,
     candidate_upload_ts_ms_N: np.ndarray,
     slot_N: np.ndarray,
+    past: HistoryWindow | None = None,
+    followed_N: np.ndarray | None = None,
     extra_rows_X: np.ndarray | None = None,
 ) -> Inputs:
-    """Gather and deduplicate. Rows are rows of `videos` (0 = unknown); slots are rows of the slot table."""
+    """Gather and deduplicate. Rows are rows of `videos` (0 = unknown); slots are rows of the slot table. `past` is
+    the longer window that pairs are counted over, of which `history` is the end; without it, and without
+    `followed_N`, nothing is known of a viewer and an author."""
     extra = np.zeros(0, np.int64) if extra_rows_X is None else extra_rows_X
     mentioned = np.concatenate([[0], history.video_row_BL.ravel(), candidate_rows_N, extra])
     distinct_U, position = np.unique(mentioned, return_inverse=True)
     n_history, n_candidates = history.video_row_BL.size, len(candidate_rows_N)
     age_NA = age_features(np.asarray(now_ms_B)[owner_N], candidate_upload_ts_ms_N)
+    owner_N = np.asarray(owner_N, dtype=np.int64)
+    video_sparse_UW = np.asarray(videos.sparse[distinct_U])
+    history_BL = position[1 : 1 + n_history].reshape(history.video_row_BL.shape)
+    candidate_N = position[1 + n_history : 1 + n_history + n_candidates]
+    pair_NC = np.zeros((n_candidates, PAIR_WIDTH), np.float32)
+    if past is not None and n_candidates:
+        signals_BPS, rows_BP = unpack_signals(past.signals_BL), past.video_row_BL
+        about = (signals_BPS, past.length_B)
+        sparse_NW, dense_ND = video_sparse_UW[candidate_N], np.asarray(videos.dense[candidate_rows_N])
+        pair_NC = np.concatenate(
+            [
+                pair_features(_gather(videos.sparse, rows_BP), *about, sparse_NW, owner_N, videos.columns),
+                profile_features(_gather(videos.dense, rows_BP), *about, dense_ND, owner_N),
+            ],
+            axis=1,
+        )
+    followed_N1 = np.zeros((n_candidates, 1)) if followed_N is None else np.asarray(followed_N)[:, None]
     return Inputs(
         user_sparse_BW=user.sparse_BW,
         user_dense_BD=np.concatenate([user.dense_BD, user_counters_BC], axis=1).astype(np.float32),
         user_columns=user.columns,
         surface_B=surface_B,
         now_ms_B=np.asarray(now_ms_B, dtype=np.int64),
-        video_sparse_UW=np.asarray(videos.sparse[distinct_U]),
+        video_sparse_UW=video_sparse_UW,
         video_dense_UD=np.asarray(videos.dense[distinct_U]),
         video_columns=videos.columns,
-        history_BL=position[1 : 1 + n_history].reshape(history.video_row_BL.shape),
+        history_BL=history_BL,
         history_signals_BLS=unpack_signals(history.signals_BL),
         history_watch_BL=history.watch_fraction_BL,
         history_ts_ms_BL=history.ts_ms_BL,
         history_gap_BL=history.gap_bucket(now_ms_B),
         history_length_B=history.length_B,
-        candidate_N=position[1 + n_history : 1 + n_history + n_candidates],
-        owner_N=np.asarray(owner_N, dtype=np.int64),
-        candidate_dense_NC=np.concatenate([candidate_counters_NC, age_NA], axis=1).astype(np.float32),
+        candidate_N=candidate_N,
+        owner_N=owner_N,
+        candidate_dense_NC=np.concatenate(
+            [candidate_counters_NC, pair_NC, age_NA, followed_N1], axis=1, dtype=np.float32
+        ),
         slot_N=slot_N,
         extra_X=position[1 + n_history + n_candidates :],
     )
+
+
+def _gather(table: ByRow, rows_BP: np.ndarray) -> np.ndarray:
+    """(B, P, width): a catalogue that grows takes plain lists of rows alone."""
+    flat = np.asarray(table[rows_BP.ravel()])
+    return flat.reshape(*rows_BP.shape, flat.shape[1])
 
 
 @dataclass(frozen=True, slots=True)

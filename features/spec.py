@@ -48,6 +48,22 @@ class Numeric:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Bucketed:
+    """A number as the bucket it falls in, buckets of equal mass in the training data: for what a model should learn
+    by steps and cross with ids, where `Numeric` gives it a slope."""
+
+    name: str
+    """Name of the feature and of its table, unique in the spec."""
+    column: str
+    buckets: int
+
+    @property
+    def rows(self) -> int:
+        """Rows of the embedding table: row 0 is a null, then the buckets in order."""
+        return self.buckets + 1
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Content:
     """A content embedding of fixed width, used as it is (L2-normalised; a null row becomes zeros)."""
 
@@ -56,8 +72,8 @@ class Content:
     dim: int
 
 
-Feature = Categorical | MultiValued | Numeric | Content
-_KINDS: dict[str, type] = {kind.__name__: kind for kind in (Categorical, MultiValued, Numeric, Content)}
+Feature = Categorical | MultiValued | Bucketed | Numeric | Content
+_KINDS: dict[str, type] = {kind.__name__: kind for kind in (Categorical, MultiValued, Bucketed, Numeric, Content)}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -81,7 +97,7 @@ class FeatureSpec:
             if len(set(names)) != len(names):
                 raise ValueError(f"feature names must be unique, found {sorted(names)}")
             for feature in side:
-                if isinstance(feature, (Categorical, MultiValued)) and not 2 <= feature.rows < 2**31:
+                if isinstance(feature, (Categorical, MultiValued, Bucketed)) and not 2 <= feature.rows < 2**31:
                     raise ValueError(f"feature {feature.name}: rows must lie in 2 .. 2^31-1, found {feature.rows}")
 
     def to_json(self) -> str:

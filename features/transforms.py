@@ -15,7 +15,7 @@ import pyarrow as pa
 
 from features.entities import Entities, SparseColumns
 from features.hashing import bucket, hash_int64, hash_strings
-from features.spec import Categorical, Content, Feature, FeatureSpec, MultiValued, Numeric
+from features.spec import Bucketed, Categorical, Content, Feature, FeatureSpec, MultiValued, Numeric
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,8 +23,8 @@ class Encoder:
     """A fitted feature spec."""
 
     spec: FeatureSpec
-    stats: dict[str, tuple[float, float]]
-    """Mean and deviation of each numeric feature (after its log), keyed by SIDE.NAME."""
+    stats: dict[str, tuple[float, ...]]
+    """Mean and deviation of each numeric feature (after its log), edges of each bucketed one, keyed by SIDE.NAME."""
     known: dict[str, np.ndarray]
     """Sorted ids with training data, keyed by SIDE.NAME, for features that ask for `known_only`."""
 
@@ -33,7 +33,7 @@ class Encoder:
         cls, spec: FeatureSpec, users: pa.Table, videos: pa.Table, *, seen_users: np.ndarray, seen_videos: np.ndarray
     ) -> Encoder:
         """Fit on the entities that occur in training: `seen_*` are their ids (any order, repeats allowed)."""
-        stats: dict[str, tuple[float, float]] = {}
+        stats: dict[str, tuple[float, ...]] = {}
         known: dict[str, np.ndarray] = {}
         for side, features, table, key, seen in (
             ("user", spec.user, users, "user_id", seen_users),
@@ -44,6 +44,8 @@ class Encoder:
             for feature in features:
                 if isinstance(feature, Numeric):
                     stats[f"{side}.{feature.name}"] = _mean_and_deviation(_raw_number(fitting, feature))
+                elif isinstance(feature, Bucketed):
+                    stats[f"{side}.{feature.name}"] = _edges(_floats(fitting, feature.column), feature.buckets)
                 elif isinstance(feature, Categorical) and feature.known_only:
                     known[f"{side}.{feature.name}"] = np.unique(_integers(fitting, feature.column)[0])
         return cls(spec=spec, stats=stats, known=known)
@@ -58,7 +60,7 @@ class Encoder:
 
     def columns(self, side: str) -> SparseColumns:
         """Layout of the sparse slots of `user` or `video` rows."""
-        sparse = [f for f in getattr(self.spec, side) if isinstance(f, (Categorical, MultiValued))]
+        sparse = [f for f in getattr(self.spec, side) if isinstance(f, (Categorical, MultiValued, Bucketed))]
         return SparseColumns(
             names=tuple(f.name for f in sparse),
             widths=tuple(f.max_values if isinstance(f, MultiValued) else 1 for f in sparse),
@@ -89,7 +91,7 @@ class Encoder:
     def load(cls, folder: Path) -> Encoder:
         """Inverse of `save`."""
         spec = FeatureSpec.from_json((folder / "spec.json").read_text())
-        stats = {name: (mean, std) for name, (mean, std) in json.loads((folder / "stats.json").read_text()).items()}
+        stats = {name: tuple(values) for name, values in json.loads((folder / "stats.json").read_text()).items()}
         known = {}
         for side in ("user", "video"):
             for feature in getattr(spec, side):
@@ -110,6 +112,11 @@ class Encoder:
             elif isinstance(feature, MultiValued):
                 sparse.append(_multi_valued(feature, table, self.spec.seed))
                 unknown.extend([-1] * feature.max_values)
+            elif isinstance(feature, Bucketed):
+                edges, value = np.array(self.stats[f"{side}.{feature.name}"]), _floats(table, feature.column)
+                row = 1 + np.searchsorted(edges, value, side="right")
+                sparse.append(np.where(np.isnan(value), 0, row)[:, None])
+                unknown.append(0)
             elif isinstance(feature, Numeric):
                 mean, deviation = self.stats[f"{side}.{feature.name}"]
                 raw = _raw_number(table, feature)
@@ -184,8 +191,19 @@ def _content(feature: Content, table: pa.Table) -> np.ndarray:
     return out / np.where(norms > 0, norms, 1.0)
 
 
+def _floats(table: pa.Table, column: str) -> np.ndarray:
+    return table[column].cast(pa.float64()).to_numpy().astype(np.float64)
+
+
+def _edges(values: np.ndarray, buckets: int) -> tuple[float, ...]:
+    finite = values[np.isfinite(values)]
+    if finite.size == 0:
+        return ()
+    return tuple(np.unique(np.quantile(finite, np.linspace(0, 1, buckets + 1)[1:-1])).tolist())
+
+
 def _raw_number(table: pa.Table, feature: Numeric) -> np.ndarray:
-    values = table[feature.column].cast(pa.float64()).to_numpy().astype(np.float64)
+    values = _floats(table, feature.column)
     return np.log1p(np.maximum(values, 0.0)) if feature.log else values
 
 

@@ -24,11 +24,14 @@ from pipelines.metrics import (
     reliability,
     xauc,
 )
+from pipelines.slices import chance_calibration_error
 from ranking.infer import Ranker
+from ranking.tasks import TASKS, task_labels
 
 CHUNK = 2048
 MIN_POSITIVES = 20
 """A task with fewer positives on the test days has no AUC worth printing."""
+DURATION_BUCKETS = 5
 
 
 def score_examples(
@@ -57,11 +60,12 @@ def evaluate_tasks(
 ) -> list[dict]:
     """One row a task: counts, AUC, GAUC, normalised entropy, calibration, ECE; the oracle's AUC where known."""
     e = dataset.examples
+    labels_NT, fitted_on_NT = (task_labels(e.take(rows)) for rows in (rows_N, validation_rows))
     out = []
     for t, task in enumerate(tasks):
-        labels = e.signals[rows_N, SIGNALS.index(task)]
+        labels = labels_NT[:, TASKS.index(task)]
         logged = ~np.isnan(labels)
-        fitted_on = np.nansum(e.signals[validation_rows, SIGNALS.index(task)])
+        fitted_on = np.nansum(fitted_on_NT[:, TASKS.index(task)])
         y, p, users = labels[logged], probability_NT[logged, t], e.user_row[rows_N][logged]
         row: dict = {"task": task, "rows": int(logged.sum()), "positives": int(y.sum())}
         if MIN_POSITIVES <= y.sum() <= len(y) - MIN_POSITIVES:
@@ -72,19 +76,69 @@ def evaluate_tasks(
                 "calibration": calibration(y, p),
                 "calibration_two_se": 2.0 * float(np.sqrt(1.0 / y.sum() + 1.0 / max(fitted_on, 1.0))),
                 "ece": expected_calibration_error(y, p),
+                "ece_by_chance": chance_calibration_error(p, bins=20),
             }
             if oracle is not None:
-                row["oracle_auc"] = auc(y, oracle[task][logged])
+                gap, error = auc_gap(y, oracle[task][logged], p)
+                row |= {"oracle_auc": auc(y, oracle[task][logged]), "oracle_gap": gap, "oracle_gap_se": error}
         out.append(row)
     return out
 
 
 def evaluate_watch(dataset: Dataset, rows_N: np.ndarray, watch_ms_N: np.ndarray) -> dict:
-    """Watch time: mean absolute error in seconds and pair order, beside predicting the mean of the duration decile."""
+    """Watch time in seconds: mean absolute error, pair order, and the means of what was watched and predicted (a
+    typical watch time lies below the average one), over all and by bucket of the duration."""
     actual, duration = dataset.examples.watch_ms[rows_N], dataset.examples.duration_ms[rows_N]
     logged = ~np.isnan(actual) & ~np.isnan(duration)
     y, p = actual[logged] / 1000.0, watch_ms_N[logged] / 1000.0
-    return {"rows": int(logged.sum()), "mae_s": mae(y, p), "xauc": xauc(y, p), "mean_s": float(y.mean())}
+    return watch_figures(y, p) | {"buckets": watch_by_duration(y, p, duration[logged] / 1000.0)}
+
+
+def watch_figures(actual_s: np.ndarray, predicted_s: np.ndarray) -> dict:
+    """Rows, MAE, XAUC, and both means."""
+    if len(actual_s) == 0:
+        return {"rows": 0}
+    return {
+        "rows": len(actual_s),
+        "mae_s": mae(actual_s, predicted_s),
+        "xauc": xauc(actual_s, predicted_s),
+        "mean_s": float(actual_s.mean()),
+        "mean_predicted_s": float(predicted_s.mean()),
+    }
+
+
+def watch_by_duration(actual_s: np.ndarray, predicted_s: np.ndarray, duration_s: np.ndarray) -> list[dict]:
+    """The same figures in buckets of the duration of equal mass, shortest first."""
+    if len(duration_s) == 0:
+        return []
+    edges = np.unique(np.quantile(duration_s, np.linspace(0, 1, DURATION_BUCKETS + 1)[1:-1]))
+    bucket = np.searchsorted(edges, duration_s, side="right")
+    out = []
+    for at in (bucket == k for k in np.unique(bucket)):
+        span = f"{duration_s[at].min():.0f} to {duration_s[at].max():.0f}"
+        out.append({"duration_s": span} | watch_figures(actual_s[at], predicted_s[at]))
+    return out
+
+
+def auc_gap(labels: np.ndarray, better: np.ndarray, worse: np.ndarray) -> tuple[float, float]:
+    """AUC of one score less that of another on the same rows, and its standard error (DeLong et al., 1988: the
+    variance of each row's share in the difference, positives and negatives by themselves)."""
+    positive = labels > 0
+    share = _placements(labels, better) - _placements(labels, worse)
+    variance = sum(float(part.var(ddof=1)) / len(part) for part in (share[positive], share[~positive]))
+    return auc(labels, better) - auc(labels, worse), float(np.sqrt(variance))
+
+
+def _placements(labels: np.ndarray, scores: np.ndarray) -> np.ndarray:
+    """For a positive the share of negatives below it, for a negative the share of positives above it; ties half."""
+    positive = labels > 0
+    out = np.empty(len(scores))
+    for own, sign in ((positive, 1.0), (~positive, -1.0)):
+        others = np.sort(sign * scores[~own])
+        asked = sign * scores[own]
+        low, high = (np.searchsorted(others, asked, side=side) for side in ("left", "right"))
+        out[own] = (low + high) / 2 / len(others)
+    return out
 
 
 def evaluate_protocol(

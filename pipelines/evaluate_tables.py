@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 
 from features.dataset import Dataset
-from features.schema import SIGNALS
 from pipelines.evaluate_ranking import MIN_POSITIVES, score_examples
 from pipelines.metrics import auc, normalised_entropy
 from ranking.freeze import FrozenSize
 from ranking.infer import Ranker
+from ranking.tasks import TASKS, task_labels
 
 COMPARED_ROWS = 50_000
 """Test rows, evenly spread: a difference on the same rows needs far fewer than a level does."""
@@ -24,11 +24,10 @@ def evaluate_tables(
     are left out."""
     rows = rows_N[:: -(-len(rows_N) // COMPARED_ROWS)]
     exact_NT, coded_NT = (score_examples(dataset, ranker, rows)[0] for ranker in (exported, frozen))
+    labels_NT = task_labels(dataset.examples.take(rows))
     tasks = []
     for t, task in enumerate(frozen.tasks):
-        if task not in SIGNALS:
-            continue
-        labels = dataset.examples.signals[rows, SIGNALS.index(task)]
+        labels = labels_NT[:, TASKS.index(task)]
         logged = ~np.isnan(labels)
         y = labels[logged]
         if MIN_POSITIVES <= y.sum() <= len(y) - MIN_POSITIVES:

@@ -28,6 +28,8 @@ def write_report(run: Mapping[str, Any], path: str | Path) -> Path:
     - retrieval: [{name, recall@100, ...}]; pools: [{slice, queries, pool recall}]; channels: [{slice, source, quota,
       filled, alone, marginal, unique}]; ranking: [{task, auc, gauc, ne, calibration, ...}]; primary: [{name, gauc,
       ndcg5, primary}]: tables, one column a key in the order of first appearance
+    - slices: [{slice, value, task, calibration, ece, ...}]; watch: {mae_s, xauc, ..., buckets: [{duration_s, ...}]};
+      slots: [{slot, impressions, TASK: logit}]; collisions: [{table, collision_rate}]
     - reliability: {task: {predicted: [], observed: [], rows: []}}, as `asdict(metrics.reliability(...))` with lists
     - gate: [{rule, candidate, live, passed}]
     - replay: `ReplayReport.to_dict()`
@@ -122,10 +124,25 @@ def _tables(run: Mapping[str, Any]) -> list[dict[str, Any]]:
             "Ranking against baselines",
             "Within each user's shown videos; primary is the mean of GAUC and nDCG@5.",
         ),
+        "slices": (
+            "Calibration by slice",
+            "Mean prediction over mean label, two standard errors of the labels, and the expected calibration error "
+            "beside what chance alone gives at these sizes.",
+        ),
+        "watch": (
+            "Watch time by duration",
+            "Mean absolute error in seconds, share of pairs in the right order, means of both.",
+        ),
+        "slots": (
+            "Slots",
+            "Logits that the side tower gives each slot, less those of the first; serving leaves them out.",
+        ),
+        "collisions": ("Hash collisions", "Share of the known ids that share their embedding row with another one."),
     }
     found = []
     for key, (title, caption) in titles.items():
-        rows = run.get(key) or []
+        rows = (run.get(key) or {}).get("buckets") if key == "watch" else run.get(key)
+        rows = rows or []
         columns = list(dict.fromkeys(column for row in rows for column in row))
         if rows:
             cells = [[row.get(column) for column in columns] for row in rows]

@@ -54,7 +54,10 @@ def run(
         "channels": metrics["channels"]["rows"],
         "ranking": metrics["ranking"],
         "primary": metrics["primary"],
+        "slices": metrics["slices"],
+        "slots": metrics["slots"],
         "watch": metrics["watch"],
+        "collisions": metrics["collisions"],
         "reliability": metrics["reliability"],
         "gate": to_rows(verdicts),
     }

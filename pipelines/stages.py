@@ -52,6 +52,8 @@ from pipelines.evaluate_tables import describe, evaluate_tables
 from pipelines.gate import GateError, Verdict, judge, passed, to_rows
 from pipelines.recipes import Split
 from pipelines.sharding import plan_table
+from pipelines.slices import evaluate_slices, slicings
+from pipelines.slot_effect import slot_effect
 from pipelines.train import Job, train_all
 from pipelines.trainer import Progress
 from pipelines.workspace import Workspace
@@ -96,6 +98,7 @@ def encoded(canonical: Path, spec: FeatureSpec, train_dates: tuple[str, ...]) ->
         videos=_table(canonical, "videos"),
         events=ingestion.load_events(canonical),
         undated=ingestion.load_table(canonical, "undated"),
+        follows=ingestion.load_table(canonical, "follows"),
         train_dates=train_dates,
     )
 
@@ -203,7 +206,6 @@ def publish(ws: Workspace, stage: Stage, *, force: bool = False, device: str = "
         staged,
         dataset,
         videos=_table(ws.canonical, "videos"),
-        follows=ingestion.load_table(ws.canonical, "follows"),
         towers_dir=ws.towers,
         ranker_dir=ws.frozen_ranker,
         index=index,
@@ -267,12 +269,16 @@ def _embed_and_index(
 
 
 def _collisions(dataset: Dataset) -> Iterator[tuple[str, float]]:
-    """What hashing costs each id feature."""
-    spec = dataset.encoder.spec
+    """What hashing costs each id feature: those that keep to known ids, and authors."""
+    spec, encoder = dataset.encoder.spec, dataset.encoder
     for side, features in (("user", spec.user), ("video", spec.video)):
         for feature in features:
-            if isinstance(feature, Categorical) and feature.known_only:
-                known = dataset.encoder.known[f"{side}.{feature.name}"]
+            if not isinstance(feature, Categorical):
+                continue
+            known = encoder.known.get(f"{side}.{feature.name}")
+            if known is None and feature.column == "author_id":
+                known = np.asarray(dataset.author_id[dataset.author_id != 0])
+            if known is not None:
                 yield feature.name, collision_rate(known, feature.rows, spec.seed)
 
 
@@ -309,7 +315,16 @@ def _ranking(
         "ranking": evaluate_tasks(
             dataset, rows, ranker.tasks, probability_NT, dataset.rows_on(split.validation), truth
         ),
+        "slices": evaluate_slices(
+            dataset,
+            rows,
+            ranker.tasks,
+            probability_NT,
+            slicings(dataset, rows, dataset.rows_on(split.train), events["surface"].to_numpy()[rows].tolist()),
+        ),
+        "slots": slot_effect(ws.ranker, dataset, dataset.rows_on(split.train)),
         "watch": evaluate_watch(dataset, rows, watch_ms_N),
+        "collisions": [{"table": name, "collision_rate": share} for name, share in _collisions(dataset)],
         "reliability": {"long_view": reliability_points(labels, probability_NT[:, t])},
         "primary": evaluate_protocol(
             dataset,

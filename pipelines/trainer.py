@@ -72,6 +72,8 @@ class TrainConfig:
     """Decoupled, on dense matrices only (not on biases and norms)."""
     warmup_steps: int = 50
     """Both learning rates rise linearly over these steps."""
+    lr_final: float = 1.0
+    """Share of both learning rates that is left at the end of the last epoch; they fall there in a straight line."""
     patience: int = 2
     """Epochs without a better validation loss before stopping."""
     seed: int = 1
@@ -360,10 +362,12 @@ class _Run:
 
     def _set_learning_rates(self) -> None:
         warm = min(1.0, (self.cursor.steps_done + 1) / max(1, self.config.warmup_steps))
+        epochs_done = self.cursor.epoch + self.cursor.units_done / len(self.train_units)
+        share = warm * (1.0 - (1.0 - self.config.lr_final) * epochs_done / self.config.epochs)
         for group in self.dense_optimizer.param_groups:
-            group["lr"] = self.config.lr_dense * warm
+            group["lr"] = self.config.lr_dense * share
         for group in self.model.fused_optimizer.param_groups:
-            cast("dict", group)["lr"] = self.config.lr_sparse * warm
+            cast("dict", group)["lr"] = self.config.lr_sparse * share
         self.model.fused_optimizer.step()  # hands the rate to the kernels; the tables move in backward
 
     def _tensors(self) -> dict[str, torch.Tensor]:

@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn.functional import embedding, layer_norm, linear, silu
 
 from features.counters import WIDTH_PER_KEY
-from features.inputs import AGE_WIDTH
+from features.inputs import INSTANT_WIDTH
 from ranking import products
 from ranking.model import RankerConfig, RankerSizes
 from ranking.products import DenseType, Weights, product
@@ -71,7 +71,7 @@ class Shape:
             user_width=len(sizes.user_names) * config.embedding_dim,
             video_width=len(sizes.video_names) * config.embedding_dim,
             user_dense=sizes.user_dense - (0 if config.counters else WIDTH_PER_KEY),
-            candidate_skipped=0 if config.counters else sizes.candidate_dense - AGE_WIDTH,
+            candidate_skipped=0 if config.counters else sizes.candidate_dense - INSTANT_WIDTH,
             bottom_layers=len(config.bottom_widths),
             cross_layers=config.cross_layers,
             heads=config.attention_heads if config.history else 0,

@@ -22,9 +22,10 @@ from features.counters import WIDTH_PER_KEY
 from features.dataset import Dataset
 from features.entities import SparseColumns
 from features.history import GAP_BUCKETS
-from features.inputs import AGE_WIDTH
+from features.inputs import INSTANT_WIDTH
 from features.schema import SIGNALS
 from ranking.loss import quantile_loss, task_losses
+from ranking.tasks import TASKS
 
 START_SHARPNESS = 4.0
 """Attention's scale at the start, shared out over the heads by their widths; learnt from there."""
@@ -58,12 +59,16 @@ class RankerConfig:
     """On the experts' hidden layer."""
     embedding_dropout: float = 0.1
     """On the looked-up embeddings, element by element."""
+    id_dropout: float = 0.0
+    """Share of the users and videos of a batch whose id is taken for unknown: it trains the row that unknown ids share,
+    and the rest of the model to do without them."""
     embedding_l2: float = 0.0
     """Penalty on the squared norm of each looked-up embedding; part of the loss, so it works with fused optimisers."""
     embedding_init: float = 0.02
     """Embeddings start uniform in plus or minus this: small, so that an untrained row says almost nothing."""
     counters: bool = True
-    """False leaves the smoothed rates of user, video, author and tags out."""
+    """False leaves out the smoothed rates of user, video, author and tags, and those of the viewer with the author
+    and the tags."""
     undated: bool = False
     """Also train on the impressions that precede the log: their surface, slot and time are unknown, and they have no
     counters of their own past."""
@@ -80,6 +85,9 @@ class RankerConfig:
     """Loss weights of tasks that differ from 1."""
     watch_weight: float = 1.0
     """Loss weight of the watch-time quantile."""
+    keep_negatives: float = 1.0
+    """Share of the training impressions without any positive signal that is trained on. Those kept weigh as much more,
+    so every head's loss has the expectation it had, and probabilities stay what they are without a correction."""
 
     def __post_init__(self) -> None:
         if self.attention_width % self.attention_heads:
@@ -87,9 +95,13 @@ class RankerConfig:
                 f"RankerConfig: attention_width {self.attention_width} must be a multiple of "
                 f"attention_heads {self.attention_heads}"
             )
-        unknown = sorted({name for name, _ in self.task_weights} - set(SIGNALS))
+        if not 0.0 < self.keep_negatives <= 1.0:
+            raise ValueError(
+                f"RankerConfig: keep_negatives is {self.keep_negatives}, expected a share in 0 .. 1, not 0"
+            )
+        unknown = sorted({name for name, _ in self.task_weights} - set(TASKS))
         if unknown:
-            raise ValueError(f"RankerConfig.task_weights: unknown tasks {unknown}, expected some of {SIGNALS}")
+            raise ValueError(f"RankerConfig.task_weights: unknown tasks {unknown}, expected some of {TASKS}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -107,7 +119,7 @@ class RankerSizes:
     surface_rows: int
     slot_rows: int
     tasks: tuple[str, ...]
-    """Signals with positives in training, in SIGNALS' order."""
+    """Tasks with positives in training, in TASKS' order."""
 
     @classmethod
     def of(cls, dataset: Dataset, tasks: tuple[str, ...], leave_out: tuple[str, ...] = ()) -> Self:
@@ -154,7 +166,7 @@ class RankerModel(nn.Module):
         video_width = len(sizes.video_names) * config.embedding_dim
         self._user_dense, self._skipped = sizes.user_dense, 0
         if not config.counters:
-            self._user_dense, self._skipped = sizes.user_dense - WIDTH_PER_KEY, sizes.candidate_dense - AGE_WIDTH
+            self._user_dense, self._skipped = sizes.user_dense - WIDTH_PER_KEY, sizes.candidate_dense - INSTANT_WIDTH
         dense_width = self._user_dense + sizes.video_dense + sizes.candidate_dense - self._skipped
         self.embedding_dropout = nn.Dropout(config.embedding_dropout)
         self.bottom = BottomMlp(dense_width, config.bottom_widths)
@@ -170,10 +182,11 @@ class RankerModel(nn.Module):
         self._start_at(base_rates)
 
     def forward(self, batch: Batch, targets: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Loss over `labels_NT` and `watch_quantile_N` (NaN where not logged), and each task's own loss."""
+        """Loss over `labels_NT` and `watch_quantile_N` (NaN where not logged), each row by its `weight_N`, and each
+        task's own loss."""
         logits_NT, watch_N, penalty = self._logits(batch, with_side=True)
-        losses_T = task_losses(logits_NT, targets["labels_NT"])
-        watch = quantile_loss(watch_N, targets["watch_quantile_N"])
+        losses_T = task_losses(logits_NT, targets["labels_NT"], targets["weight_N"])
+        watch = quantile_loss(watch_N, targets["watch_quantile_N"], targets["weight_N"])
         weights_T = losses_T.new_tensor(self.task_weights)
         loss = (losses_T * weights_T).sum() + self.config.watch_weight * watch + self.config.embedding_l2 * penalty
         metrics = {f"loss_{task}": losses_T[t].detach() for t, task in enumerate(self.sizes.tasks)}

@@ -6,7 +6,7 @@ N examples of a batch, T tasks. The training loop is not here: it asks this task
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -14,11 +14,12 @@ import torch
 from safetensors.torch import save_file
 
 from features.dataset import Dataset
-from features.inputs import Collated
-from features.schema import SIGNALS
+from features.inputs import Collated, Inputs
+from features.spec import Categorical
 from ranking.calibrate import Calibration
 from ranking.infer import Ranker
 from ranking.model import RankerConfig, RankerModel, RankerSizes, config_fields
+from ranking.tasks import TASKS, task_labels
 from ranking.watch import DurationColumn, WatchQuantiles
 
 CALIBRATION_ROWS = 2048
@@ -44,12 +45,15 @@ class RankerTask:
         self._validation_rows = dataset.rows_on(validation_dates)
         if len(self._dated_rows) == 0:
             raise ValueError(f"no impressions on the training dates {train_dates}; the dataset has {dataset.dates}")
-        self.base_rates = _base_rates(np.asarray(dataset.examples.signals[self._dated_rows]))
-        self.tasks = tuple(signal for signal in SIGNALS if signal in self.base_rates)
-        self.dropped_tasks = tuple(signal for signal in SIGNALS if signal not in self.base_rates)
+        self.base_rates = _base_rates(task_labels(dataset.examples.take(self._dated_rows)))
+        self.tasks = tuple(task for task in TASKS if task in self.base_rates)
+        self.dropped_tasks = tuple(task for task in TASKS if task not in self.base_rates)
         if not self.tasks:
-            raise ValueError(f"no positive of any signal on the training dates {train_dates}: nothing to learn")
-        self._task_columns = [SIGNALS.index(task) for task in self.tasks]
+            raise ValueError(f"no positive of any task on the training dates {train_dates}: nothing to learn")
+        self._units, self._weight = self._drawn(np.concatenate([self._undated, self._dated_rows]))
+        self._is_validation = np.zeros(len(self._weight), bool)
+        self._is_validation[self._validation_rows] = True
+        self._task_columns = [TASKS.index(task) for task in self.tasks]
         self._sizes = RankerSizes.of(dataset, self.tasks, config.leave_out)
         self._watch = self._fit_watch()
 
@@ -59,22 +63,28 @@ class RankerTask:
 
     def train_units(self) -> np.ndarray:
         """Example rows of the training dates; numbers beyond the examples are undated impressions."""
-        return np.concatenate([self._undated, self._dated_rows])
+        return self._units
 
     def validation_units(self) -> np.ndarray:
         """Example rows of the validation dates."""
         return self._validation_rows
 
     def collate(self, units: np.ndarray, *, seed: int) -> Collated:
-        """Inputs, labels (N, T) and watch-time quantiles (N,), dated impressions first; nothing is drawn, so the seed
-        changes nothing."""
-        dated = units < len(self._dataset.examples)
+        """Inputs, labels (N, T), watch-time quantiles and weights (N,), dated impressions first; the seed draws whose
+        id is dropped in training."""
         dataset = self._dataset
-        examples = dataset.examples.take(units[dated]) + dataset.undated.take(units[~dated] - len(dataset.examples))
-        inputs = dataset.inputs_of(examples, history_length=None if self._config.history else 0)
+        dated = units < len(dataset.examples)
+        units = np.concatenate([units[dated], units[~dated]])
+        n_dated = np.count_nonzero(dated)
+        undated = dataset.undated.take(units[n_dated:] - len(dataset.examples))
+        examples = dataset.examples.take(units[:n_dated]) + undated
+        inputs = dataset.inputs_of(examples, history=self._config.history, pairs=self._config.counters)
+        if self._config.id_dropout and not self._is_validation[units].any():
+            inputs = self._without_some_ids(inputs, np.random.default_rng(seed))
         watch_quantile_N = self._watch.quantile(examples.watch_ms, self._watch.durations(inputs))
-        labels_NT = examples.signals[:, self._task_columns]
-        return Collated(inputs, {"labels_NT": labels_NT, "watch_quantile_N": watch_quantile_N})
+        labels_NT = task_labels(examples)[:, self._task_columns]
+        targets = {"labels_NT": labels_NT, "watch_quantile_N": watch_quantile_N, "weight_N": self._weight[units]}
+        return Collated(inputs, targets)
 
     def export(self, state: dict[str, torch.Tensor], folder: Path) -> None:
         """Write `ranker.safetensors`, `ranker.json`, and `calibration.json` fitted on the validation dates."""
@@ -92,11 +102,39 @@ class RankerTask:
         if len(self._validation_rows):
             self._calibrate(Ranker.load(folder)).save(folder / "calibration.json")
 
+    def _without_some_ids(self, inputs: Inputs, rng: np.random.Generator) -> Inputs:
+        spec = self._dataset.encoder.spec
+        kept = []
+        for features, rows_NW, columns in (
+            (spec.user, inputs.user_sparse_BW, inputs.user_columns),
+            (spec.video, inputs.video_sparse_UW, inputs.video_columns),
+        ):
+            rows_NW, dropped_N = rows_NW.copy(), rng.random(len(rows_NW)) < self._config.id_dropout
+            for feature in features:
+                if isinstance(feature, Categorical) and feature.known_only:
+                    rows_NW[dropped_N, columns.slice(feature.name)] = 0
+            kept.append(rows_NW)
+        return replace(inputs, user_sparse_BW=kept[0], video_sparse_UW=kept[1])
+
+    def _drawn(self, units: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """All units with a positive signal and the configured share of the others; and for how many impressions each
+        unit stands: together for all there were, exactly. Units of the validation dates stand for themselves."""
+        examples, undated = self._dataset.examples, self._dataset.undated
+        weight = np.ones(len(examples) + len(undated), np.float32)
+        if self._config.keep_negatives == 1.0:
+            return units, weight
+        positive = np.concatenate([(np.nan_to_num(e.signals) > 0).any(axis=1) for e in (examples, undated)])
+        negatives = units[~positive[units]]
+        kept = max(1, round(self._config.keep_negatives * len(negatives)))
+        drawn = np.random.default_rng(len(negatives)).choice(negatives, kept, replace=False)
+        weight[drawn] = len(negatives) / kept
+        return np.concatenate([units[positive[units]], drawn]), weight
+
     def _calibrate(self, ranker: Ranker) -> Calibration:
         rows = self._validation_rows
         blocks = np.array_split(rows, max(1, len(rows) // CALIBRATION_ROWS))
         logits_NT = np.concatenate([ranker.logits(self._dataset.inputs(block, with_slot=False))[0] for block in blocks])
-        labels_NT = np.asarray(self._dataset.examples.signals[rows])[:, self._task_columns]
+        labels_NT = task_labels(self._dataset.examples.take(rows))[:, self._task_columns]
         return Calibration.fit(self.tasks, logits_NT, labels_NT)
 
     def _fit_watch(self) -> WatchQuantiles:
@@ -107,8 +145,8 @@ class RankerTask:
         return WatchQuantiles.fit(np.asarray(examples.watch_ms[rows]), duration_ms_N, duration)
 
 
-def _base_rates(signals_NS: np.ndarray) -> dict[str, float]:
-    """Share of positives of each signal that has any."""
-    logged_S = (~np.isnan(signals_NS)).sum(axis=0)
-    positive_S = np.nansum(signals_NS, axis=0)
-    return {signal: float(positive_S[s] / logged_S[s]) for s, signal in enumerate(SIGNALS) if positive_S[s] > 0}
+def _base_rates(labels_NT: np.ndarray) -> dict[str, float]:
+    """Share of positives of each task that has any."""
+    logged_T = (~np.isnan(labels_NT)).sum(axis=0)
+    positive_T = np.nansum(labels_NT, axis=0)
+    return {task: float(positive_T[t] / logged_T[t]) for t, task in enumerate(TASKS) if positive_T[t] > 0}

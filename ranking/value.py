@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from features.schema import SIGNALS
+from ranking.tasks import TASKS
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +27,7 @@ class Scores:
 class ValueConfig:
     """What an expected signal and an expected second of watching are worth."""
 
-    version: str = "value-1"
+    version: str = "value-2"
     """Logged with each served item; change it with the weights."""
     weights: tuple[tuple[str, float], ...] = (
         ("click", 0.1),
@@ -38,8 +38,10 @@ class ValueConfig:
         ("share", 3.0),
         ("profile_enter", 0.5),
         ("hate", -20.0),
+        ("quick_skip", -0.1),
     )
-    """Worth of one signal; rare signals weigh more, or they would never count. A signal the ranker was not taught
+    """Worth of one signal; rare signals weigh more, or they would never count. A quick skip costs what a click is
+    worth: where videos play by themselves, they are the two ends of one decision. A task the ranker was not taught
     (no positives in its training data) adds nothing."""
     watch_per_s: float = 0.01
     """Worth of the first second of predicted watch time."""
@@ -49,9 +51,9 @@ class ValueConfig:
     """Multiplies a positive value of videos by authors the viewer does not follow, and divides a negative one."""
 
     def __post_init__(self) -> None:
-        unknown = sorted({task for task, _ in self.weights} - set(SIGNALS))
+        unknown = sorted({task for task, _ in self.weights} - set(TASKS))
         if unknown:
-            raise ValueError(f"ValueConfig.weights: unknown signals {unknown}, expected some of {SIGNALS}")
+            raise ValueError(f"ValueConfig.weights: unknown tasks {unknown}, expected some of {TASKS}")
         if self.watch_saturation_s <= 0 or self.unconnected_factor <= 0:
             raise ValueError("ValueConfig: watch_saturation_s and unconnected_factor must be positive")
 

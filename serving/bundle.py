@@ -26,6 +26,7 @@ from features.artifacts import Bundle
 from features.dataset import Dataset
 from features.eligibility import Attributes
 from features.entities import ByRow, Entities
+from features.follows import Follows
 from features.history import HistoryLog
 from features.schema import LIMITS
 from features.transforms import Encoder
@@ -35,9 +36,10 @@ from serving.channels import open_channels, write_channels
 from serving.config import FeedConfig
 from serving.live_channels import LiveEligibility
 
-T = TypeVar("T", Entities, HistoryLog)
-LAYOUT = 3
-"""Of a bundle's folder, in `layout.json`; 1, without that file, had no co-visitation, 2 no limits of videos."""
+T = TypeVar("T", Entities, HistoryLog, Follows)
+LAYOUT = 4
+"""Of a bundle's folder, in `layout.json`; 1, without that file, had no co-visitation, 2 no limits of videos, 3 no
+times of follows."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,9 +56,7 @@ class FeedBundle:
     user_counters: np.ndarray
     video_counters: ByRow
     history: HistoryLog
-    follows_start: np.ndarray
-    """(U+2,) int64: user row u follows follows_author[start[u]:start[u+1]]."""
-    follows_author: np.ndarray
+    follows: Follows
     upload_ts_ms: ByRow
     author_id: ByRow
     """(V,) int64, 0 where not known."""
@@ -113,8 +113,7 @@ class FeedBundle:
             user_counters=array("users/counters_user"),
             video_counters=array("videos/counters_video"),
             history=_plain(HistoryLog.load(folder / "history")),
-            follows_start=array("users/follows_start"),
-            follows_author=array("users/follows_author"),
+            follows=_plain(Follows.load(folder / "users")),
             upload_ts_ms=upload_ts_ms,
             author_id=array("videos/videos_author_id"),
             eligible=eligible,
@@ -144,14 +143,16 @@ class FeedBundle:
             "attributes": n_videos,
             "duration_ms": n_videos,
             "user_counters": n_users,
-            "follows_start": n_users + 1,
         }
         for name, rows in expected.items():
             if len(getattr(self, name)) != rows:
                 found = len(getattr(self, name))
                 raise ValueError(f"bundle {self.version}: {name} has {found} rows, expected {rows}; publish it again")
-        if self.index.n_rows != n_videos or len(self.history.user_start) != n_users + 1:
-            raise ValueError(f"bundle {self.version}: index, history and entities differ in rows; publish it again")
+        by_user = (len(self.history.user_start), len(self.follows.start))
+        if self.index.n_rows != n_videos or by_user != (n_users + 1, n_users + 1):
+            raise ValueError(
+                f"bundle {self.version}: index, history, follows and entities differ in rows; publish it again"
+            )
 
     @property
     def newest_event_ms(self) -> int:
@@ -168,10 +169,6 @@ class FeedBundle:
     def changes(self) -> int:
         """Two equal readings say that no upload or removal became visible between them."""
         return 0 if self.catalogue is None else self.catalogue.changes
-
-    def follows_of(self, user_row: int) -> np.ndarray:
-        """Authors a user followed when the bundle was made; nobody for row 0."""
-        return np.asarray(self.follows_author[self.follows_start[user_row] : self.follows_start[user_row + 1]])
 
 
 def _ids_by_row(path: Path) -> np.ndarray:
@@ -192,7 +189,6 @@ def write_bundle(
     dataset: Dataset,
     *,
     videos: pa.Table,
-    follows: pa.Table | None,
     towers_dir: Path,
     ranker_dir: Path,
     index: VideoIndex,
@@ -203,7 +199,7 @@ def write_bundle(
 ) -> None:
     """Lay out a staged folder, all but `golden.json` (see `serving.golden.record`).
 
-    `videos` and `follows` are the canonical tables; `popular_examples` are the example rows that popularity is
+    `videos` is the canonical table; `popular_examples` are the example rows that popularity is
     counted on (all by default); `counters_day` is the day whose view of the counters is served: by default the last,
     which knows every event of the dataset.
     """
@@ -219,11 +215,9 @@ def write_bundle(
     duration_ms = by_row["duration_ms"].fill_null(0).to_numpy().astype(np.int64)
     attributes = Attributes.of(by_row, first_row=1)
     attributes.save(folder / "videos")
-    start, authors = _follows_by_user(dataset.users, follows)
+    dataset.follows.save(folder / "users")
     arrays = {
         "users/counters_user": dataset.counters.user_day[day],
-        "users/follows_start": start,
-        "users/follows_author": authors,
         "videos/counters_video": dataset.counters.video_day[day],
         "videos/videos_upload_ts_ms": dataset.upload_ts_ms,
         "videos/videos_author_id": dataset.author_id,
@@ -247,13 +241,3 @@ def _check_layout(folder: Path, version: str) -> None:
     found = json.loads(path.read_text())["layout"] if path.exists() else 1
     if found != LAYOUT:
         raise ValueError(f"bundle {version} has layout {found}, this release reads {LAYOUT}: publish it again")
-
-
-def _follows_by_user(users: Entities, follows: pa.Table | None) -> tuple[np.ndarray, np.ndarray]:
-    """Start positions (U+2,) and authors, distinct and ascending within a user; users we do not know are left out."""
-    if follows is None:
-        return np.zeros(len(users) + 2, np.int64), np.zeros(0, np.int64)
-    rows = users.rows_of(follows["user_id"].to_numpy())
-    pairs = np.unique(np.stack([rows, follows["author_id"].to_numpy()], axis=1)[rows > 0], axis=0)
-    counts = np.bincount(pairs[:, 0], minlength=len(users) + 1)
-    return np.concatenate([[0], np.cumsum(counts)]).astype(np.int64), pairs[:, 1].astype(np.int64)

@@ -13,6 +13,7 @@ import numpy as np
 
 from features.history import HistoryWindow, empty_window
 from features.inputs import Inputs, UserRows, assemble
+from features.pairs import PAST
 from features.schema import SIGNALS
 from serving.bundle import FeedBundle
 from serving.store import UserState
@@ -33,6 +34,8 @@ class Query:
     surface: str | None
     surface_row: int
     history: HistoryWindow
+    past: HistoryWindow
+    """The longer window that counters of the viewer with authors and tags are taken over."""
     seen_rows: np.ndarray
     """(E,) int64 rows of videos, distinct, ascending, without 0."""
     followed_authors: np.ndarray
@@ -51,14 +54,16 @@ def hydrate(bundle: FeedBundle, live: UserState, *, user_id: int, now_ms: int, s
     past_rows = np.asarray(bundle.history.video_row[start:end])
     seen = np.unique(np.concatenate([past_rows, bundle.videos.rows_of(live.seen_ids)]))
     disliked_rows, disliked_ts_ms = _disliked(bundle, live, start, end, now_ms)
-    followed = np.concatenate([bundle.follows_of(user_row), live.followed_authors])
+    followed = np.concatenate([bundle.follows.of(user_row, now_ms), live.followed_authors])
+    past = _merged_window(bundle, live, user_row, start, end, now_ms)
     return Query(
         user_id=user_id,
         user_row=user_row,
         now_ms=now_ms,
         surface=surface,
         surface_row=int(bundle.encoder.surface_rows([surface])[0]),
-        history=_merged_window(bundle, live, user_row, start, end, now_ms),
+        history=past.last(bundle.encoder.spec.history_length),
+        past=past.last(PAST),
         seen_rows=seen[seen > 0],
         followed_authors=np.unique(followed),
         disliked_rows=disliked_rows,
@@ -77,12 +82,14 @@ def model_inputs(bundle: FeedBundle, query: Query, candidate_rows_K: np.ndarray)
         surface_B=np.array([query.surface_row]),
         now_ms_B=np.array([query.now_ms]),
         history=query.history,
+        past=query.past,
         videos=bundle.videos,
         candidate_rows_N=candidate_rows_K,
         owner_N=np.zeros(len(candidate_rows_K), np.int64),
         candidate_counters_NC=np.asarray(bundle.video_counters[candidate_rows_K]),
         candidate_upload_ts_ms_N=np.asarray(bundle.upload_ts_ms[candidate_rows_K]),
         slot_N=np.zeros(len(candidate_rows_K), np.int64),
+        followed_N=np.isin(bundle.author_id[candidate_rows_K], query.followed_authors),
     )
 
 
@@ -106,7 +113,7 @@ def _disliked(bundle: FeedBundle, live: UserState, start: int, end: int, now_ms:
 def _merged_window(
     bundle: FeedBundle, live: UserState, user_row: int, start: int, end: int, now_ms: int
 ) -> HistoryWindow:
-    length = bundle.encoder.spec.history_length
+    length = max(PAST, bundle.encoder.spec.history_length)
     base = bundle.history.windows(np.array([user_row]), np.array([end]), length)
     past_E = live.ts_ms_E < now_ms
     if not past_E.any():

@@ -4,7 +4,10 @@ N rows of one chunk. What is chosen here, and why:
 - an impression's partition is the log's own `date` (server days, UTC+8, which `time_ms` crosses by up to two hours);
 - `duration_ms` 0 means a photo post, and becomes null;
 - a video is eligible when its visible_status is 0 (every video of KuaiRand-Pure) or "public";
-- of the undated impressions 2,555 repeat a (user, video) under another label: labels right, order a guess.
+- of the undated impressions 2,555 repeat a (user, video) under another label: labels right, order a guess;
+- clicks of the undated impressions come from the list of clicked pairs up to 04-21. The impressions run on to 04-24
+  without days, but in order: up to a user's last one that the list holds, one that it does not hold was no click;
+  beyond it nothing is known.
 """
 
 from __future__ import annotations
@@ -43,6 +46,7 @@ USER_LABELS = (
     *("follow_user_num_range", "fans_user_num_range", "friend_user_num_range", "register_days_range"),
     *(f"onehot_feat{index}" for index in range(18)),
 )
+CLICKED = "standard_clicks_0408_0421.parquet"
 UNDATED_COLUMNS = ("user_id", "video_id", "seq_pos", "long_view", "is_like")
 PUBLIC = ("0", "0.0", "public")
 CHINA_OFFSET_MS = 8 * 3600 * 1000
@@ -92,7 +96,18 @@ class KuaiRandAdapter:
         elif table == "users":
             yield from (_users(raw) for raw in read_csv(file, ("user_id", *USER_COUNTS, *USER_LABELS)))
         else:
-            yield from (_undated(raw) for raw in read_parquet(file, UNDATED_COLUMNS))
+            clicked = self._clicked(file)
+            yield from (_undated(raw, clicked) for raw in read_parquet(file, UNDATED_COLUMNS))
+
+    def _clicked(self, undated: Path) -> pl.DataFrame | None:
+        """user_id, video_id, until: clicked pairs, and the position up to which the list knows the user's clicks."""
+        file = undated.parent / CLICKED
+        if not file.exists():
+            return None
+        pairs = pl.concat([raw.frame for raw in read_parquet(file, ("user_id", "video_id"))]).cast(pl.Int64).unique()
+        shown = [raw.frame for raw in read_parquet(undated, ("user_id", "video_id", "seq_pos"))]
+        hits = pl.concat(shown).cast(pl.Int64).join(pairs, on=["user_id", "video_id"], how="semi")
+        return pairs.join(hits.group_by("user_id").agg(until=pl.col("seq_pos").max()), on="user_id")
 
     def _folder(self) -> Path:
         return self.root / "data" if (self.root / "data").is_dir() else self.root
@@ -157,13 +172,20 @@ def _users(raw: RawChunk) -> Chunk:
     return raw.chunk({"user_id": raw.whole("user_id"), **{name: raw.whole(name) for name in USER_COUNTS}, **labels})
 
 
-def _undated(raw: RawChunk) -> Chunk:
-    return raw.chunk(
-        {
-            "user_id": raw.whole("user_id"),
-            "video_id": raw.whole("video_id"),
-            "position": raw.whole("seq_pos"),
-            "long_view": raw.whole("long_view"),
-            "like": raw.whole("is_like"),
-        }
-    )
+def _undated(raw: RawChunk, clicked: pl.DataFrame | None) -> Chunk:
+    columns = {
+        "user_id": raw.whole("user_id"),
+        "video_id": raw.whole("video_id"),
+        "position": raw.whole("seq_pos"),
+        "long_view": raw.whole("long_view"),
+        "like": raw.whole("is_like"),
+    }
+    if clicked is not None:
+        rows = pl.DataFrame({name: columns[name].cast(pl.Int64) for name in ("user_id", "video_id", "position")})
+        until = clicked.group_by("user_id").agg(pl.col("until").first())
+        pairs = clicked.select("user_id", "video_id", click=pl.lit(1, pl.Int8))
+        rows = rows.join(until, on="user_id", how="left", maintain_order="left")
+        rows = rows.join(pairs, on=["user_id", "video_id"], how="left", maintain_order="left")
+        known = pl.when(pl.col("position") <= pl.col("until")).then(pl.col("click").fill_null(0))
+        columns["click"] = rows.select(known.alias("click"))["click"]
+    return raw.chunk(columns)

@@ -30,14 +30,15 @@ class World:
     def oracle(
         self, user_ids: np.ndarray, video_ids: np.ndarray, ts_ms: np.ndarray, slot: np.ndarray | int | None = None
     ) -> dict[str, np.ndarray]:
-        """P(signal = 1) by signal and the expected `watch_ms`, float64.
+        """P = 1 of every task of the ranker, and the expected `watch_ms`, float64. A quick skip is no click here.
 
         Without slots: for a viewer who looks, which is slot 0. With slots: times the slot's examination.
         """
         user_B, video_B, ts_ms_B = self._pairs(user_ids, video_ids, ts_ms)
         slot_B = np.broadcast_to(np.asarray(0 if slot is None else slot), user_B.shape)
         parameters = engagement(self.population, self.config, user_B, video_B, ts_ms_B, slot_B)
-        return probabilities(parameters, self.config.response)
+        chances = probabilities(parameters, self.config.response)
+        return chances | {"quick_skip": 1.0 - chances["click"]}
 
     def _pairs(
         self, user_ids: np.ndarray, video_ids: np.ndarray, ts_ms: np.ndarray

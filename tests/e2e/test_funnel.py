@@ -17,6 +17,8 @@ from pipelines.console import Stage
 from pipelines.recipes import recipe
 from pipelines.stages import train_models
 from pipelines.workspace import Workspace
+from pipelines.world import SCALES
+from pipelines.world.responses import examination
 from serving.bundle import FeedBundle
 from serving.golden import check
 
@@ -44,6 +46,25 @@ def test_the_report_is_one_file_that_needs_no_network(demo: Path):
     assert "<html" in page
     assert re.findall(r"""(?:src|href)\s*=\s*["']?(?!#|data:)([^"'>\\s]+)""", page) == []
     assert "@import" not in page
+
+
+def test_the_side_tower_finds_where_the_worlds_viewers_look(demo: Path):
+    metrics = json.loads((demo / "metrics.json").read_text())
+    slots = np.array([row["slot"] for row in metrics["slots"]])
+    looked = np.log(examination(slots, SCALES["tiny"].response))
+    assert len(slots) == SCALES["tiny"].page_size
+    for task, sign in (("click", 1.0), ("quick_skip", -1.0)):
+        assert np.corrcoef(sign * looked, [row[task] for row in metrics["slots"]])[0, 1] > 0.95, task
+
+
+def test_the_ranker_is_measured_by_slice_by_duration_and_for_collisions(demo: Path):
+    metrics = json.loads((demo / "metrics.json").read_text())
+    followed = [row for row in metrics["slices"] if row["slice"] == "author" and row["task"] == "click"]
+    assert [row["value"] for row in followed] == ["not followed", "followed"]
+    assert sum(row["rows"] for row in followed) == metrics["ranking"][0]["rows"]
+    assert sum(bucket["rows"] for bucket in metrics["watch"]["buckets"]) == metrics["watch"]["rows"]
+    assert {row["table"] for row in metrics["collisions"]} == {"user_id", "video_id", "author_id"}
+    assert all(0 <= row["collision_rate"] < 0.2 for row in metrics["collisions"])
 
 
 def test_the_published_bundle_verifies_and_answers_its_golden_requests(demo: Path):

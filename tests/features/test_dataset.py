@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from features.batch import to_batch
 from features.counters import WIDTH_PER_KEY
 from features.dataset import Dataset
-from features.inputs import Inputs
+from features.inputs import INSTANT_WIDTH, Inputs
 from features.schema import SIGNALS
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -96,8 +96,13 @@ def test_an_undated_impression_sees_those_before_it_and_no_time_surface_or_count
         assert past.signals[row, SIGNALS.index("like")] == liked[in_order[at]].as_py()
         seen = dataset.videos.ids_of(windows.video_row_BL[row, : windows.length_B[row]])
         assert seen.tolist() == video[in_order[:at]][-SPEC.history_length :].tolist()
-    counters = (inputs.candidate_dense_NC, inputs.user_dense_BD[:, -WIDTH_PER_KEY:])
-    assert [float(np.abs(part).max()) for part in (*counters, inputs.surface_B, inputs.slot_N)] == [0, 0, 0, 0]
+    of_video, instant = 3 * WIDTH_PER_KEY, -INSTANT_WIDTH  # between them what the user did before, which is known
+    counters = (
+        inputs.candidate_dense_NC[:, :of_video],
+        inputs.candidate_dense_NC[:, instant:],
+        inputs.user_dense_BD[:, -WIDTH_PER_KEY:],
+    )
+    assert [float(np.abs(part).max()) for part in (*counters, inputs.surface_B, inputs.slot_N)] == [0, 0, 0, 0, 0]
     assert np.isnan(past.signals[:, SIGNALS.index("click")]).all()
 
 

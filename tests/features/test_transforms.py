@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ import pytest
 from features.hashing import bucket, hash_int64
 from features.history import GAP_BUCKETS, UNDATED_TS_MS, gap_bucket, signal_bits, unpack_signals, watch_fraction
 from features.schema import SIGNALS
-from features.spec import Categorical, FeatureSpec
+from features.spec import Bucketed, Categorical, FeatureSpec
 from features.transforms import Encoder
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -92,3 +93,21 @@ def test_signal_masks_round_trip_and_unlogged_counts_as_not_given():
 def test_watch_fraction_is_clipped_and_zero_where_unknown():
     found = watch_fraction(np.array([5.0, 50.0, np.nan, 5.0]), np.array([10.0, 10.0, 10.0, 0.0]))
     assert found.tolist() == [0.5, 2.0, 0.0, 0.0]
+
+
+def test_a_bucketed_number_falls_into_buckets_of_equal_mass_and_a_null_into_row_zero(tmp_path: Path):
+    t = tables(4, videos=200)
+    spec = replace(SPEC, video=(*SPEC.video, Bucketed(name="length", column="duration_ms", buckets=4)))
+    videos = t["videos"].set_column(3, "duration_ms", pa.array([None, *t["videos"]["duration_ms"].to_pylist()[1:]]))
+    encoder = Encoder.fit(spec, t["users"], videos, seen_users=np.zeros(0), seen_videos=videos["video_id"].to_numpy())
+    encoder.save(tmp_path)
+    entities = Encoder.load(tmp_path).videos(videos)
+    row = entities.sparse[:, entities.columns.slice("length")][:, 0]
+    assert row[0] == 0, "the unknown video"
+    by_id = videos.sort_by("video_id")["duration_ms"].to_numpy()
+    assert np.array_equal(row[1:] == 0, np.isnan(by_id))
+    counts = np.bincount(row[1:], minlength=5)
+    assert counts[1:].min() >= 48
+    assert counts[1:].max() <= 51
+    assert (np.diff(row[1:][np.argsort(by_id)][:-1]) >= 0).all(), "buckets are in order of the number"
+    assert entities.columns.table_rows[-1] == 5

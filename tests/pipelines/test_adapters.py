@@ -142,6 +142,23 @@ def test_the_complete_download_is_read_with_all_its_logs_and_without_the_undated
     assert len(set(rows["request_id"].to_pylist())) == 3
 
 
+def test_clicks_of_undated_impressions_are_known_up_to_the_last_one_on_the_list(tmp_path: Path) -> None:
+    write_kuairand(tmp_path / "data", {})
+    # User 7: clicks on 11 and 13, so what lies at or before position 3 is known; user 8 is not on the list.
+    user, video, position = [7, 7, 7, 7, 8], [11, 12, 13, 14, 11], [1, 2, 3, 4, 1]
+    undated = {"user_id": user, "video_id": video, "seq_pos": position, "long_view": [0] * 5, "is_like": [0] * 5}
+    folder = tmp_path / "reconstructed"
+    folder.mkdir()
+    pq.write_table(pa.table(undated), folder / "train_impressions_last50.parquet")
+    clicked = pa.table(
+        {"user_id": pa.array([7, 7, 7, 9], pa.int32()), "video_id": pa.array([13, 11, 99, 11], pa.int32())}
+    )
+    pq.write_table(clicked, folder / "standard_clicks_0408_0421.parquet")
+    [chunk] = read_all(KuaiRandAdapter(tmp_path), "undated")
+    assert chunk.rows["click"].to_pylist() == [1, 0, 1, None, None]
+    assert chunk.rows["video_id"].to_pylist() == video, "the order of the file"
+
+
 def test_lines_are_counted_right_across_blocks_blank_lines_and_bad_lines(tmp_path: Path, monkeypatch) -> None:
     lines = [f"{n},{n}" if n % 7 else ("" if n % 2 else f"{n}") for n in range(2, 400)]
     file = tmp_path / "x.csv"

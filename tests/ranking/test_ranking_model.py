@@ -24,6 +24,7 @@ from features.spec import Categorical, FeatureSpec, MultiValued, Numeric
 from ranking.infer import Ranker
 from ranking.loss import task_losses
 from ranking.model import RankerConfig, RankerModel
+from ranking.tasks import TASKS, task_labels
 from ranking.train import RankerTask
 
 DAYS = ("2026-01-01", "2026-01-02", "2026-01-03")
@@ -158,9 +159,9 @@ def test_learns_the_planted_match_and_drops_tasks_without_positives(trained: Tra
     rows = trained.task.validation_units()
     scores = trained.ranker.score(trained.dataset.inputs(rows, with_slot=False))
     labels = trained.dataset.examples.signals[rows]
-    assert trained.ranker.tasks == ("click", "long_view")
-    assert set(trained.task.dropped_tasks) == set(SIGNALS) - {"click", "long_view"}
-    for t, task in enumerate(trained.ranker.tasks):
+    assert trained.ranker.tasks == ("click", "long_view", "quick_skip")
+    assert set(trained.task.dropped_tasks) == set(TASKS) - {"click", "long_view", "quick_skip"}
+    for t, task in enumerate(("click", "long_view")):
         label = labels[:, SIGNALS.index(task)] > 0
         assert auc(label, scores.probability_NT[:, t]) > auc(label, trained.match_E[rows] + 0.0) - 0.03 > 0.6
 
@@ -169,7 +170,7 @@ def test_calibrated_probabilities_have_the_mean_of_the_labels(trained: Trained) 
     rows = trained.task.validation_units()
     scores = trained.ranker.score(trained.dataset.inputs(rows, with_slot=False))
     for t, task in enumerate(trained.ranker.tasks):
-        label = trained.dataset.examples.signals[rows, SIGNALS.index(task)]
+        label = task_labels(trained.dataset.examples.take(rows))[:, TASKS.index(task)]
         assert scores.probability_NT[:, t].mean() / label.mean() == pytest.approx(1.0, abs=0.02)
 
 
@@ -270,6 +271,7 @@ def test_labels_that_were_not_logged_give_no_gradient(trained: Trained) -> None:
     collated = trained.task.collate(np.arange(8), seed=0)
     model = trained.task.build()
     nothing = {name: torch.full(array.shape, torch.nan) for name, array in collated.targets.items()}
+    nothing["weight_N"] = torch.ones(8)
     model(to_batch(collated.inputs), nothing)["loss"].backward()
     gradients = [p.grad for p in model.parameters()]
     assert all(g is not None for g in gradients)
@@ -283,11 +285,44 @@ def test_a_row_weighs_the_same_beside_rows_that_were_not_logged() -> None:
 
     def first_row(labels_NT: torch.Tensor) -> torch.Tensor:
         x_NT = logits.clone().requires_grad_()
-        task_losses(x_NT, labels_NT)[0].backward()
+        task_losses(x_NT, labels_NT, torch.ones(6))[0].backward()
         assert x_NT.grad is not None
         return x_NT.grad[0]
 
     torch.testing.assert_close(first_row(missing), first_row(labels))
+
+
+def test_down_sampled_negatives_stand_for_those_left_out_and_validation_for_itself(trained: Trained) -> None:
+    whole = trained.task
+    task = RankerTask(trained.dataset, RankerConfig(keep_negatives=0.3), DAYS[:2], DAYS[2:])
+    units = task.train_units()
+    full, drawn = (t.collate(t.train_units(), seed=0).targets for t in (whole, task))
+    signals = trained.dataset.examples.signals
+    positive, kept = (np.nansum(signals[u], axis=1) > 0 for u in (whole.train_units(), units))
+    assert kept.sum() == positive.sum()
+    assert (~kept).sum() == round(0.3 * (~positive).sum())
+    assert drawn["weight_N"].sum() == pytest.approx(len(whole.train_units()), rel=1e-6)
+    for t, name in enumerate(task.tasks[:2]):  # signals: their rate among what is trained on is the log's own, exactly
+        rate = np.average(drawn["labels_NT"][:, t], weights=drawn["weight_N"])
+        assert rate == pytest.approx(full["labels_NT"][:, t].mean(), rel=1e-5), name
+    assert (task.collate(task.validation_units()[:500], seed=0).targets["weight_N"] == 1).all()
+    assert task.base_rates == whole.base_rates
+
+
+def test_the_loss_over_every_draw_of_negatives_is_the_loss_of_the_whole() -> None:
+    torch.manual_seed(2)
+    logits, labels = (
+        torch.randn(6, 3),
+        torch.tensor([[1.0, 0, 1], [0, 0, 0], [0, 0, 1], [0, 0, 0], [0, 1, 0], [0, 0, 0]]),
+    )
+    negative, kept = [1, 3, 5], 2  # rows of no signal; the last task (a skip, say) may be positive among them
+    whole = task_losses(logits, labels, torch.ones(6)) * 6
+    draws = []
+    for left_out in negative:
+        rows = [row for row in range(6) if row != left_out]
+        weight = torch.tensor([len(negative) / kept if row in negative else 1.0 for row in rows])
+        draws.append(task_losses(logits[rows], labels[rows], weight) * len(rows))
+    torch.testing.assert_close(torch.stack(draws).mean(0), whole)
 
 
 @pytest.mark.parametrize(

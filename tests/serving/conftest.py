@@ -61,7 +61,6 @@ class World:
             staged,
             self.dataset,
             videos=self.tables["videos"],
-            follows=self.tables["follows"],
             towers_dir=self.models / "towers",
             ranker_dir=self.models / "ranker",
             index=VideoIndex(self.models / "index"),
@@ -139,7 +138,7 @@ def world(tmp_path_factory) -> World:
     root, tables = tmp_path_factory.mktemp("world"), random_tables()
     dates = tuple(sorted(set(tables["events"]["date"].to_pylist())))
     split = (dates[:-1], dates[-1:])
-    named = {name: tables[name] for name in ("users", "videos", "events")}
+    named = {name: tables[name] for name in ("users", "videos", "events", "follows")}
     dataset = Dataset.build(SPEC, **named, undated=None, train_dates=split[0])
     towers = TowersTask(dataset, TowerConfig(dim=16, embedding_dim=8, hidden=32, layers=1), *split)
     ranker = RankerTask(dataset, RankerConfig(embedding_dim=8), *split)

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from candidate_gen.sources import Retrieved
-from features.inputs import Inputs
+from features.inputs import INSTANT_WIDTH, Inputs
+from features.pairs import PAIR_WIDTH
 from serving.bundle import FeedBundle
 from serving.config import FeedConfig, FilterConfig
 from serving.feed import Feed
@@ -57,7 +58,7 @@ def test_inputs_built_by_serving_are_those_of_training_bit_for_bit(world):
     bundle, dataset = FeedBundle.open(folder, "parity"), world.dataset
     surfaces = world.tables["events"]["surface"].to_pylist()
     rows = np.random.default_rng(0).choice(np.flatnonzero(dataset.examples.day == last_day), 60, replace=False)
-    lengths = set()
+    lengths, of_pair = set(), np.zeros(2)
     for row in rows:
         user_id = int(dataset.users.ids_of(dataset.examples.user_row[[row]])[0])
         now_ms = int(dataset.examples.ts_ms[row])
@@ -65,6 +66,8 @@ def test_inputs_built_by_serving_are_those_of_training_bit_for_bit(world):
         served = model_inputs(bundle, query, dataset.examples.video_row[[row]])
         trained = dataset.inputs(np.array([row]), with_slot=False)
         lengths.add(int(trained.history_length_B[0]))
+        pair = trained.candidate_dense_NC[0, -INSTANT_WIDTH - PAIR_WIDTH : -INSTANT_WIDTH]
+        of_pair += [np.abs(pair).sum() > 0, trained.candidate_dense_NC[0, -1] == 1]
         for field in fields(Inputs):
             ours, theirs = getattr(served, field.name), getattr(trained, field.name)
             if isinstance(theirs, np.ndarray):
@@ -74,6 +77,7 @@ def test_inputs_built_by_serving_are_those_of_training_bit_for_bit(world):
             else:
                 assert ours == theirs, field.name
     assert lengths == {8}
+    assert of_pair.min() > 0, "some viewer knows the author or a tag, some follows the author"
 
 
 def test_live_events_stand_in_the_history_where_training_would_put_them(world, bundle, store):

@@ -203,11 +203,19 @@ class _Fbgemm:
         }
 
     def pooled(self, slots_NW: torch.Tensor, widths: tuple[int, ...]) -> torch.Tensor:
-        single = slots_NW.shape[1] == len(widths)  # one slot a feature: no loop over them
-        slots = [slots_NW.t().reshape(-1, 1)] if single else list(slots_NW.split(widths, 1))
-        there = [part >= 0 for part in slots]
-        indices = torch.cat([part[mask] for part, mask in zip(slots, there, strict=True)])
-        offsets = torch.zeros(len(slots_NW) * len(widths) + 1, dtype=torch.int64)
-        torch.cumsum(torch.cat([mask.sum(1) for mask in there]), 0, out=offsets[1:])
+        indices, offsets = _bags(slots_NW, widths)
         lookup = torch.ops.fbgemm.int_nbit_split_embedding_codegen_lookup_function
         return lookup(indices=indices, offsets=offsets, **self._arguments)
+
+
+def _bags(slots_NW: torch.Tensor, widths: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Present rows, feature after feature and entity after entity, and where each bag begins."""
+    n_bags = len(slots_NW) * len(widths)
+    single = slots_NW.shape[1] == len(widths)
+    if single and len(slots_NW) and slots_NW.min() >= 0:
+        return slots_NW.t().reshape(-1), torch.arange(n_bags + 1)
+    slots = [slots_NW.t().reshape(-1, 1)] if single else list(slots_NW.split(widths, 1))
+    there = [part >= 0 for part in slots]
+    offsets = torch.zeros(n_bags + 1, dtype=torch.int64)
+    torch.cumsum(torch.cat([mask.sum(1) for mask in there]), 0, out=offsets[1:])
+    return torch.cat([part[mask] for part, mask in zip(slots, there, strict=True)]), offsets

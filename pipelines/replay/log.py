@@ -196,7 +196,7 @@ class CanonicalLog:
 
 
 def assemble(rows: pl.DataFrame, requests: LoggedRequests, metrics: tuple[str, ...], files: list[str]) -> Shard:
-    """Shown rows (ordered, with `request`) and their requests as arrays; finds each row's video among the candidates."""
+    """Ordered shown rows (with `request`) and their requests as arrays; finds each row's video among the candidates."""
     users, user = np.unique(rows["user_id"].to_numpy(), return_inverse=True)
     request, slot = rows["request"].to_numpy().astype(np.int64), rows["slot"].to_numpy().astype(np.int64)
     candidate = _locate(rows["video_id"].to_numpy(), request, slot, requests)

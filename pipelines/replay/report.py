@@ -119,7 +119,7 @@ def verdict(results: list[PolicyResult], metrics: tuple[str, ...], head: str) ->
             silent.append(result.policy)
         if result.broken:
             names = ", ".join(g.metric for g in result.broken)
-            sentences.append(f"{result.policy} is refused all the same: it breaks the guardrail {names}.")
+            sentences.append(f"{result.policy} is refused, whatever {metric} says: it breaks the guardrail {names}.")
     if silent:
         sentences.append(f"No evidence of a difference from the logged policy for {', '.join(silent)}.")
     if refused:

@@ -1,7 +1,7 @@
 """Estimators against a world small enough to enumerate, and against arithmetic: no test here depends on chance.
 
-Four videos, two slots, a Plackett-Luce logger of strengths 4, 3, 2, 1. Every slate's probability is a multiple of 1/5040,
-so a log of 5040 requests holds each slate exactly as often as it is expected: an estimator that is linear in the log
+Four videos, two slots, a Plackett-Luce logger of strengths 4, 3, 2, 1. Every slate's probability is a multiple of
+1/5040, so a log of 5040 requests holds each slate exactly as often as it is expected: an estimator that is linear in the log
 gives its expectation on it, to the last digit.
 """
 
@@ -91,7 +91,6 @@ def modelled(rows, q_VS: np.ndarray, below: float = 0.0) -> Modelled:
 
 
 def test_rips_and_slate_ips_are_unbiased_in_the_cascade_and_slot_by_slot_ips_is_not(expected_log):
-    rows, target, greedy, reward = expected_log
     found = {name: drawn[0] for name, drawn in judge(*expected_log).items()}
     truth = true_value(TARGET)
     for name in ("rips", "sips", "snrips", "snsips"):
@@ -240,9 +239,8 @@ def test_each_threshold_refuses_and_says_what_would_mend_it():
     n = 4000
 
     def reasons(step):
-        rows = Slates(
-            request=np.arange(n), slot=np.zeros(n, dtype=int), user=np.arange(n), logged=np.ones(n), candidate=np.arange(n)
-        )  # fmt: skip
+        i = np.arange(n)
+        rows = Slates(request=i, slot=np.zeros(n, dtype=int), user=i, logged=np.ones(n), candidate=i)
         tally = WeightTally("snips", CLIPS, clip=100)
         tally.add(weigh(rows, step, np.ones(n)))
         totals, counts = Totals(), Resamples(200, 0).counts(np.arange(n))
@@ -307,7 +305,7 @@ def test_counts_are_poisson_and_belong_to_the_user():
 def test_text_keys_tell_strings_apart_and_know_equal_ones():
     import pyarrow as pa
 
-    texts = ["", "a", "a\0", "ab", "ba", "w0123456789abcdef", "w0123456789abcdeg", "é", "a" * 100]  # noqa: RUF001
+    texts = ["", "a", "a\0", "ab", "ba", "w0123456789abcdef", "w0123456789abcdeg", "é", "a" * 100]
     key = text_keys(pa.array(texts))
     assert len(set(key.tolist())) == len(texts)
     assert text_keys(pa.array(["x", *texts])[1:]).tolist() == key.tolist()

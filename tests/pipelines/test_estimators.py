@@ -1,7 +1,7 @@
 """Estimators against a world small enough to enumerate, and against arithmetic: no test here depends on chance.
 
-Four videos, two slots, a Plackett-Luce logger of strengths 4, 3, 2, 1. Every slate's probability is a multiple of
-1/5040, so a log of 5040 requests holds each slate exactly as often as it is expected: an estimator that is linear in the log
+Four videos, two slots, a Plackett-Luce logger of strengths 4, 3, 2, 1. Every slate's chance is a multiple of 1/5040,
+so a log of 5040 requests holds each slate exactly as often as it is expected: an estimator that is linear in the log
 gives its expectation on it, to the last digit.
 """
 

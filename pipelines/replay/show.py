@@ -57,7 +57,7 @@ def head_table(report: ReplayReport) -> Table:
 
 def weight_table(report: ReplayReport) -> Table:
     """One row a policy: overlap with the logger and what the importance weights look like."""
-    table = Table(box=SIMPLE)
+    table = Table(box=SIMPLE, pad_edge=False, padding=(0, 1, 0, 0))
     table.add_column("policy", no_wrap=True)
     for name in ("matched", "ESS", "ESS/n", "mean w", "max w", "clipped", "top 1%", "no support"):
         table.add_column(name, justify="right", no_wrap=True)

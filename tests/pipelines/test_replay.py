@@ -432,7 +432,7 @@ class Shy(Oracle):
 
 
 def test_a_broken_guardrail_fails_the_run_even_when_the_primary_metric_wins(log, tmp_path):
-    sampler = Sampler(temperature=0.7, epsilon=0.1)
+    sampler = Sampler(temperature=2.0)
     report = replay(log, [Shy()], metrics=["quick_skip", "long_view"], slots=1, sampler=sampler)
     assert report.policies[1].metrics["quick_skip"][report.estimator].difference.low > 0  # the asked metric "wins"
     assert report.broken == {"shy": ["quick_skip"]}
@@ -450,7 +450,7 @@ def test_a_broken_guardrail_fails_the_run_even_when_the_primary_metric_wins(log,
 
 
 def test_two_reports_are_compared_resample_by_resample_and_only_on_one_log(log, tmp_path):
-    sampler = Sampler(temperature=0.7, epsilon=0.1)
+    sampler = Sampler(temperature=2.0)
     for name, policies in (("a", [Oracle()]), ("b", [Shy()]), ("both", [Oracle(), Shy()])):
         replay(log, policies, slots=1, sampler=sampler, resamples=60).write(tmp_path / f"{name}.json")
     text = io.StringIO()

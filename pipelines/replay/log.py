@@ -89,7 +89,8 @@ class CanonicalLog:
         kept = [name for name in ("user_id", "video_id", "author_id", "ts_ms", *SIGNALS) if name in self._columns]
         self.history = History(events=before.select(kept), videos=self._videos, start_ms=start_ms)
         self._scratch = tempfile.TemporaryDirectory(prefix="reelrank-replay-")
-        # A request belongs to the window when its first row does, so rows of the day before are looked at too.
+        # A request belongs to the window when it was asked in it; what it showed may come later. So the day before is
+        # looked at too, to tell requests that began there from those without a candidate set.
         self._events = Divided(
             recent,
             self._columns,
@@ -102,7 +103,7 @@ class CanonicalLog:
             CANDIDATES.names,
             self._parts,
             Path(self._scratch.name) / "candidates",
-            keep=lambda table: _since(table, start_ms),
+            keep=lambda table: _since(table, start_ms - DAY_MS),
             batch_rows=_BATCH_REQUESTS,
         )
 
@@ -113,10 +114,11 @@ class CanonicalLog:
             table, events = self._candidates.part(index), self._events.part(index)
             candidates = frame(table if table is not None else CANDIDATES.empty_table())
             check_candidates(candidates, self._candidates_path)
-            rows = self._shown_rows(events, candidates.drop("row", "file", strict=False).sort("request_id"))
+            judged = candidates.filter(pl.col("ts_ms") >= self._start).sort("request_id")
+            rows = self._shown_rows(events, candidates, judged)
             if rows is not None and len(rows):
                 found = True
-                yield self._shard(rows, candidates.sort("request_id"), Part(index, self._parts))
+                yield self._shard(rows, judged, Part(index, self._parts))
         if not found:
             raise ReplayInputError("no event belongs to the requests in candidates.parquet: are they of the same log?")
 
@@ -163,13 +165,18 @@ class CanonicalLog:
         known, days = ts_ms.drop_null().to_numpy(), self._window.days
         return int(known.min(initial=2**62)) if days is None else int(known.max(initial=0)) - round(days * DAY_MS) + 1
 
-    def _shown_rows(self, events: pa.Table | None, candidates: pl.DataFrame) -> pl.DataFrame | None:
+    def _shown_rows(
+        self, events: pa.Table | None, candidates: pl.DataFrame, judged: pl.DataFrame
+    ) -> pl.DataFrame | None:
         """The window's rows among `events`, with `request`, checked and in order."""
         if events is None:
             return None
         rows = frame(events)
-        rows = rows.filter(pl.col("ts_ms").min().over("request_id") >= self._start)
-        requests = candidates.select("request_id", candidate_user="user_id").with_row_index("request")
+        asked = candidates.select("request_id", asked_ms="ts_ms")
+        rows = rows.join(asked, on="request_id", how="left", maintain_order="left")
+        began_ms = pl.coalesce("asked_ms", pl.col("ts_ms").min().over("request_id"))
+        requests = judged.select("request_id", candidate_user="user_id").with_row_index("request")
+        rows = rows.filter(began_ms >= self._start)
         rows = rows.join(requests, on="request_id", how="left", maintain_order="left")
         files = [str(file) for file in self._recent]
         needed = [c for m in self.metrics for c in METRICS[m] if c != "upload_ts_ms"]

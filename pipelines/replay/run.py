@@ -148,25 +148,25 @@ def _judge(
     judges = [PolicyJudge(policy, question, catalogue) for policy in policies]
     model: RewardModel | None = None
     # Policies keep their own sums, so threads change no number; most of the work is numpy's, outside the lock.
-    pool = ThreadPoolExecutor(max_workers=len(os.sched_getaffinity(0)))
-    for number, shard in enumerate(log.shards()):
-        if model is None:  # after the first part has passed its checks: a broken row is named, not modelled
-            model = RewardModel(log.outcomes(), question.metrics)
-        context = Context(
-            shard=shard,
-            counts_UB=resamples.counts(shard.user_ids_U),
-            model=model,
-            lifts={metric: model.lifts(shard, metric) for metric in question.metrics},
-            slices=slicer.codes(shard),
-            catalogue=catalogue,
-        )
-        run.see(context)
-        logged.add(context)
-        list(pool.map(lambda judge, c=context: judge.add(c), judges))
-        if number == 0:
-            run.checks.append(constants_leak_no_order(shard, question))
-            run.checks += _shuffled(judges, context, question)
-        tell(f"judged {run.rows:,} shown rows of {run.requests:,} requests")
+    with ThreadPoolExecutor(max_workers=len(os.sched_getaffinity(0))) as pool:
+        for number, shard in enumerate(log.shards()):
+            if model is None:  # after the first part has passed its checks: a broken row is named, not modelled
+                model = RewardModel(log.outcomes(), question.metrics)
+            context = Context(
+                shard=shard,
+                counts_UB=resamples.counts(shard.user_ids_U),
+                model=model,
+                lifts={metric: model.lifts(shard, metric) for metric in question.metrics},
+                slices=slicer.codes(shard),
+                catalogue=catalogue,
+            )
+            run.see(context)
+            logged.add(context)
+            list(pool.map(lambda judge, c=context: judge.add(c), judges))
+            if number == 0:
+                run.checks.append(constants_leak_no_order(shard, question))
+                run.checks += _shuffled(judges, context, question)
+            tell(f"judged {run.rows:,} shown rows of {run.requests:,} requests")
     run.results = [judge.result(logged, thresholds, slicer.labels) for judge in judges]
     run.checks += [logger_is_itself(run.results[0]), halves_agree(run.halves, question.metrics[0])]
     return run

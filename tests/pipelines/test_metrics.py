@@ -18,7 +18,7 @@ CASES = 1000
 
 
 def random_case(seed: int):
-    """Rows with ties, users without rows of one class, and users with a single row; every tenth case has no positive."""
+    """Rows with ties, users without rows of one class, users with one row; every tenth case has no positive."""
     rng = np.random.default_rng(seed)
     rows = int(rng.integers(2, 60))
     users = rng.integers(0, max(rows // 12, 1), rows)

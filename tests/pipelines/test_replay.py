@@ -422,6 +422,18 @@ def test_labels_among_what_policies_read_are_refused(tmp_path):
         replay(folder, ["random"], resamples=2)
 
 
+def test_a_request_asked_before_the_window_and_shown_inside_it_is_not_judged(tmp_path):
+    """Videos reach the screen after the request: the window cuts requests, not rows."""
+    folder = write_log(tmp_path)
+    sets = pl.read_parquet(folder / "candidates.parquet")
+    early = sets.with_columns(ts_ms=pl.col("ts_ms") - 100)  # every row is logged a tenth of a second later
+    early.write_parquet(folder / "candidates.parquet")
+    last = int(early["ts_ms"].max())
+    days = (last - int(early.sort("ts_ms")[200, "ts_ms"]) - 50) / 86_400_000
+    report = replay(folder, ["random"], days=days, resamples=2)
+    assert report.requests == 450 - 201  # the window opens 50 ms after request 200 was asked, before it was shown
+
+
 class Shy(Oracle):
     """Believes the opposite of the oracle: the viewers leave early."""
 

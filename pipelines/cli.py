@@ -13,6 +13,8 @@ from typing import Annotated, Any
 
 import typer
 
+from pipelines.exits import EXIT_INPUT, EXIT_REFUSED, exit_code, message
+
 app = typer.Typer(
     name="reelrank",
     help="Recommendation and ranking for short-video feeds: logs in, feed out.",
@@ -23,11 +25,12 @@ app = typer.Typer(
 
 index_app = typer.Typer(help="Build the FAISS index of a run, or plan one of any size.", no_args_is_help=True)
 app.add_typer(index_app, name="index")
+replay_app = typer.Typer(invoke_without_command=True)
+app.add_typer(replay_app, name="replay")
 
 CALM_THREADS = {"OMP_WAIT_POLICY": "PASSIVE", "OPENBLAS_NUM_THREADS": "1"}
 """Threads that wait must not spin: beside another process on the same cores, spinning cost 5 to 20 times the work.
 Read by the libraries as they load, so set before anything is imported; Ray's workers inherit them."""
-EXIT_FAILED, EXIT_INPUT, EXIT_REFUSED = 1, 2, 3
 
 Run = Annotated[Path, typer.Option("--run", help="The run's folder.", show_default=False)]
 Registry = Annotated[
@@ -348,47 +351,114 @@ def export_events(
     typer.echo(f"{export(store, out):,} events in {out / 'events'}")
 
 
-@app.command()
+@replay_app.callback()
 def replay(
-    events: Annotated[Path, typer.Option("--events", help="A folder of canonical tables with logged propensities.")],
+    context: typer.Context,
+    events: Annotated[
+        Path | None,
+        typer.Option(
+            "--events",
+            help="The log: a folder of canonical tables (events/ and candidates.parquet), an Open Bandit campaign "
+            "(.../bts/men), or KuaiRand's log_random_*.csv.",
+        ),
+    ] = None,
     policy: Annotated[
-        list[str], typer.Option("--policy", help="logged, random, popularity, newest, bundle:VERSION or file:PATH.")
-    ],
-    metric: Annotated[list[str] | None, typer.Option("--metric", help="A signal, or watch_s.")] = None,
+        list[str] | None,
+        typer.Option(
+            "--policy",
+            help="What to judge; repeatable. logged, random, popularity, newest, bundle:VERSION (or bundle:live), "
+            "file:PATH with scores a candidate or probabilities of what was shown.",
+        ),
+    ] = None,
+    metric: Annotated[
+        list[str] | None,
+        typer.Option("--metric", help="A signal, watch_s, quick_skip, fresh or unconnected; the first decides."),
+    ] = None,
     registry: Annotated[Path | None, typer.Option("--registry", help="For bundle:VERSION (or bundle:live).")] = None,
     slots: Annotated[int | None, typer.Option(help="Judge the first slots of each slate only.")] = None,
     days: Annotated[float | None, typer.Option(help="Judge the last days of the log only.")] = None,
     temperature: Annotated[
         float, typer.Option(help="Policies sample by value / temperature, in spreads of the request's values.")
     ] = 1.0,
-    resamples: Annotated[int, typer.Option(help="Bootstrap resamples of users.")] = 500,
+    estimator: Annotated[str, typer.Option(help="Heads the table: ips, snips, rips or snrips.")] = "snrips",
+    clip: Annotated[float, typer.Option(help="Weights above it are cut to it; inf cuts none.")] = 100.0,
+    resamples: Annotated[int, typer.Option(min=2, help="Bootstrap resamples of users.")] = 500,
+    seed: Annotated[int, typer.Option(min=0, help="Of the resamples: the same seed, the same interval.")] = 0,
     run: Annotated[
         Path | None, typer.Option("--run", help="The run that made the bundle: its counters as of then.")
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="Also write the report as JSON.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Also write the report as JSON: `replay compare` reads it.")] = None,
+    html: Annotated[Path | None, typer.Option(help="Also write one HTML page, charts inside, no network.")] = None,
+    junit: Annotated[Path | None, typer.Option(help="Also write JUnit XML, for CI.")] = None,
 ) -> None:
-    """Would another policy have done better on the logged requests? Estimates with intervals, or an honest refusal."""
+    """Would another policy have done better on the logged requests? Estimates with intervals, or an honest refusal.
+
+    A log answers if every shown video has the probability it was shown with (`propensity`), and every request its
+    candidate set. Each policy's values become slates by sampling (--temperature); logged rows are then weighed by how
+    much more or less often the policy would have shown them.
+
+    Read the weights before the estimate: ESS is how many equally weighted rows the log amounts to, the mean weight
+    must be about 1, and "no support" is what the policy shows and the logger never does. A policy the log cannot
+    answer for is refused, with what would mend it: usually fewer --slots, since weights multiply down the slate.
+
+    Exit codes: 0 every policy was judged; 2 the log breaks its contract (row and reason named); 3 a policy was refused,
+    a guardrail is broken or a self-check failed.
+
+    Examples:
+
+    reelrank replay --events LOG --policy random --policy bundle:live --registry REGISTRY --slots 2 --html replay.html
+
+    reelrank replay --events open-bandit/bts/men --policy random --metric click
+
+    reelrank replay compare monday.json tuesday.json
+    """
+    if context.invoked_subcommand is not None:
+        return
+    if events is None or not policy:
+        missing = "--events" if events is None else "--policy"
+        raise typer.BadParameter(f"{missing} is missing; see `reelrank replay --help`")
     from pipelines.console import output
-    from pipelines.policies import Sampler
     from pipelines.replay import print_report
     from pipelines.replay import replay as replay_log
-    from pipelines.replay_bundle import factories
+    from pipelines.replay.bundle import factories
+    from pipelines.replay.html import write_html
+    from pipelines.replay.junit import write_junit
+    from pipelines.replay.sampling import Sampler
 
     report = replay_log(
         events,
         policy,
-        metrics=tuple(metric or ("long_view", "watch_s")),
+        metrics=tuple(metric) if metric else None,
         slots=slots,
         days=days,
         sampler=Sampler(temperature=temperature),
         resamples=resamples,
+        seed=seed,
+        estimator=estimator,
+        clip=clip,
         factories=factories(registry, run),
         on_progress=lambda text: typer.echo(text, err=True),
     )
     print_report(report, output())
     if out is not None:
         report.write(out)
+    if html is not None:
+        write_html(report, html)
+    if junit is not None:
+        write_junit(report, junit)
     raise typer.Exit(report.exit_code)
+
+
+@replay_app.command(name="compare")
+def replay_compare(
+    first: Annotated[Path, typer.Argument(help="A report that `reelrank replay --out` wrote.", show_default=False)],
+    second: Annotated[Path, typer.Argument(help="Another one, of the same log and seed.", show_default=False)],
+) -> None:
+    """Two reports side by side, with paired differences; refused (exit code 3) unless both judged the same log."""
+    from pipelines.console import output
+    from pipelines.replay.compare import compare
+
+    output().print(compare(first, second))
 
 
 @app.command()
@@ -469,49 +539,11 @@ def main() -> None:
     try:
         app()
     except Exception as error:
-        code = _exit_code(error)
+        code = exit_code(error)
         if code is None:
             raise
-        typer.secho(_message(error), fg=typer.colors.RED, err=True)
+        typer.secho(message(error), fg=typer.colors.RED, err=True)
         raise SystemExit(code) from error
-
-
-def _exit_code(error: Exception) -> int | None:
-    """Exit code of a failure that is the user's to mend; None for a bug, which keeps its traceback."""
-    import grpc
-
-    from features.artifacts import ArtifactError
-    from features.validate import SchemaError
-    from pipelines.gate import GateError
-    from pipelines.ingest import IngestError
-    from pipelines.replay_log import ReplayInputError
-    from pipelines.sequential.train import SequentialTrainingError
-    from pipelines.train import TrainingError
-    from serving.golden import GoldenError
-    from serving.store import StoreUnavailableError
-
-    if isinstance(error, (SchemaError, IngestError, ReplayInputError, FileNotFoundError, ValueError)):
-        return EXIT_INPUT
-    if isinstance(error, GateError):
-        return EXIT_REFUSED
-    failures = (
-        ArtifactError,
-        GoldenError,
-        StoreUnavailableError,
-        TrainingError,
-        SequentialTrainingError,
-        grpc.RpcError,
-    )
-    return EXIT_FAILED if isinstance(error, failures) else None
-
-
-def _message(error: Exception) -> str:
-    """One line or a few; what a server answered is told as it said it."""
-    import grpc
-
-    if isinstance(error, grpc.RpcError) and isinstance(error, grpc.Call):
-        return f"{error.code().name}: {error.details()}"
-    return f"{type(error).__name__}: {error}"
 
 
 def _create(name: str, out: Path | None, overrides: list[str] | None, registry: Path | None) -> Any:

@@ -8,10 +8,10 @@ import numpy as np
 
 from pipelines.adapters.canonical import CanonicalAdapter
 from pipelines.console import Stages, output
-from pipelines.policies import Sampler
 from pipelines.recipes import recipe
 from pipelines.replay import print_report, replay
-from pipelines.replay_bundle import factories
+from pipelines.replay.bundle import factories
+from pipelines.replay.sampling import Sampler
 from pipelines.run import run
 from pipelines.show import fetch_feeds, finish
 from pipelines.workspace import Workspace

@@ -6,8 +6,9 @@ Every number that shapes the world stands here, and all of it is written to `wor
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any, Literal
 
 DAY_MS = 86_400_000
 HOUR_MS = 3_600_000
@@ -76,6 +77,9 @@ class LoggerConfig:
     """The logging policy: where candidates come from and how a page is drawn from them."""
 
     policy_id: str = "world-logger-v1"
+    kind: Literal["plackett_luce", "epsilon_slot", "popularity", "deterministic"] = "plackett_luce"
+    """How a page is drawn: from the softmax of the scores mixed with uniform choices; the best left, but for uniform
+    choices; as the first, by long-view rates alone; or always the best left, which leaves nothing to learn from."""
     source_shares: dict[str, float] = field(
         default_factory=lambda: {"followed": 0.22, "personal": 0.42, "popular": 0.05, "fresh": 0.19, "uniform": 0.12}
     )
@@ -151,6 +155,16 @@ class WorldConfig:
             raise ValueError(f"LoggerConfig.seen_buckets is {buckets}: give a power of two of at least 8")
 
 
+def described(config: WorldConfig | LoggerConfig) -> dict[str, Any]:
+    """The config as JSON has it. A logger of the first kind is described as it was before there were others, so that
+    worlds written before and after are the same bytes."""
+    fields = asdict(config)
+    logger = fields["logger"] if isinstance(config, WorldConfig) else fields
+    if logger["kind"] == LoggerConfig.__dataclass_fields__["kind"].default:
+        del logger["kind"]
+    return fields
+
+
 def read_config(world_json: Path) -> WorldConfig:
     """The config of a generated dataset, from the `world.json` beside its tables."""
     fields = json.loads(Path(world_json).read_text())["config"]
@@ -170,3 +184,12 @@ SCALES: dict[str, WorldConfig] = {
     ),
 }
 """The `--scale` dial."""
+
+FAMILIES: dict[str, ResponseConfig] = {
+    "plain": ResponseConfig(),
+    "steep": ResponseConfig(examination_decay=0.6),
+    "bait": ResponseConfig(click_bait=2.0, patience_bait=-1.2),
+    "fickle": ResponseConfig(topic_weight=2.4, duration_weight=0.9, fresh_bonus=1.2),
+}
+"""Worlds whose people respond differently: lower slots are hardly seen; clickbait pays and disappoints; tastes matter
+less than length and freshness. What holds in one of them only is a property of the simulator."""

@@ -85,8 +85,14 @@ def _serve_pages(
     enough_B = c.valid_BC.sum(axis=1) >= config.page_size  # a user who has seen nearly everything gets no page
     user_B, ts_ms_B = user_B[enough_B], ts_ms_B[enough_B]
     c = Candidates(video_BC=c.video_BC[enough_B], source_BC=c.source_BC[enough_B], valid_BC=c.valid_BC[enough_B])
+    kind = config.logger.kind
     chosen_BS, propensity_BS = draw_page(
-        logger.scores(user_B, c), c.valid_BC, config.page_size, config.logger.epsilon, rng
+        logger.scores(user_B, c),
+        c.valid_BC,
+        config.page_size,
+        0.0 if kind == "deterministic" else config.logger.epsilon,
+        rng,
+        greedy=kind in ("epsilon_slot", "deterministic"),
     )
     video_BS = np.take_along_axis(c.video_BC, chosen_BS, axis=1)
     user_BS = np.broadcast_to(user_B[:, None], video_BS.shape)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from features.schema import CANDIDATES, EVENTS, SIGNALS
-from pipelines.world.config import DAY_MS, START_MS, WorldConfig
+from pipelines.world.config import DAY_MS, START_MS, WorldConfig, described
 from pipelines.world.day import Pages, run_day
 from pipelines.world.ids import opaque_ids
 from pipelines.world.logger import Logger
@@ -182,10 +182,10 @@ def _write_truth(config: WorldConfig, summary: WorldSummary) -> None:
     """world.json: what only the maker of a world can know."""
     truth = {
         "seed": config.seed,
-        "config": asdict(config),
+        "config": described(config),
         "start_ts_ms": START_MS,
         "examination_by_slot": examination(np.arange(config.page_size), config.response).tolist(),
-        "policy": asdict(config.logger),
+        "policy": described(config.logger),
         "counts": {
             "users": summary.n_users,
             "videos": summary.n_videos,

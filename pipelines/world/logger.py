@@ -21,11 +21,17 @@ _TIME_SPAN_MS = 1 << 42
 
 
 def draw_page(
-    scores_BC: np.ndarray, valid_BC: np.ndarray, n_slots: int, epsilon: float, rng: np.random.Generator
+    scores_BC: np.ndarray,
+    valid_BC: np.ndarray,
+    n_slots: int,
+    epsilon: float,
+    rng: np.random.Generator,
+    greedy: bool = False,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Columns chosen (B, S) and the exact probability of each choice given the slots before it.
 
-    At every slot: with probability epsilon uniform over the candidates left, otherwise softmax(scores) over them.
+    At every slot: with probability epsilon uniform over the candidates left, otherwise softmax(scores) over them, or
+    the best of them if `greedy` (the first among equals).
     """
     weight_BC = np.exp(scores_BC - np.where(valid_BC, scores_BC, -np.inf).max(axis=1, keepdims=True)) * valid_BC
     left_BC = valid_BC.astype(np.float64)
@@ -33,6 +39,10 @@ def draw_page(
     chosen_BS = np.empty((len(scores_BC), n_slots), dtype=np.int64)
     propensity_BS = np.empty((len(scores_BC), n_slots))
     for slot in range(n_slots):
+        if greedy:
+            best_B = np.where(left_BC > 0, scores_BC, -np.inf).argmax(axis=1)
+            weight_BC[:] = 0.0
+            weight_BC[rows_B, best_B] = 1.0
         odds_BC = weight_BC * ((1 - epsilon) / weight_BC.sum(axis=1, keepdims=True))
         odds_BC += left_BC * (epsilon / left_BC.sum(axis=1, keepdims=True))
         reach_BC = np.cumsum(odds_BC, axis=1)
@@ -118,7 +128,9 @@ class Logger:
         return Candidates(video_BC=video_BC, source_BC=source_BC, valid_BC=video_BC >= 0)
 
     def scores(self, user_B: np.ndarray, c: Candidates) -> np.ndarray:
-        """The policy's logits (B, C): the believed appeal, and a hand for followed authors."""
+        """The policy's logits (B, C): the believed appeal, and a hand for followed authors; or popularity alone."""
+        if self._l.kind == "popularity":
+            return self._rate_V[c.video_BC] / self._l.temperature
         followed_BC = c.source_BC == self.source_names.index("followed")
         appeal_BC = self._appeal(user_B[:, None], c.video_BC) + self._l.followed_weight * followed_BC
         return appeal_BC / self._l.temperature

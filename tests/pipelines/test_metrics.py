@@ -7,23 +7,28 @@ import warnings
 
 import numpy as np
 import pytest
+import torch
 from sklearn import metrics as oracle
+from torchmetrics.functional.retrieval import retrieval_normalized_dcg
 
 from pipelines import metrics
 
+CASES = 1000
+"""Random cases a metric is compared on, to 1e-9."""
+
 
 def random_case(seed: int):
-    """Rows with ties, users without rows of one class, and users with a single row."""
+    """Rows with ties, users without rows of one class, users with one row; every tenth case has no positive."""
     rng = np.random.default_rng(seed)
     rows = int(rng.integers(2, 60))
-    users = rng.integers(0, max(rows // 4, 1), rows)
-    labels = (rng.random(rows) < rng.choice([0.1, 0.5])).astype(float)
+    users = rng.integers(0, max(rows // 12, 1), rows)
+    labels = (rng.random(rows) < rng.choice([0.1, 0.5])).astype(float) * (seed % 10 > 0)
     scores = np.round(rng.random(rows), int(rng.integers(1, 4)))
     return labels, scores, users
 
 
 def test_auc_and_gauc_equal_scikit_learn_on_random_ties():
-    for seed in range(150):
+    for seed in range(CASES):
         labels, scores, users = random_case(seed)
         if 0 < labels.sum() < len(labels):
             assert metrics.auc(labels, scores) == pytest.approx(oracle.roc_auc_score(labels, scores), abs=1e-9)
@@ -43,7 +48,7 @@ def test_auc_and_gauc_equal_scikit_learn_on_random_ties():
 
 
 def test_ndcg_equals_scikit_learn_on_random_ties():
-    for seed in range(150):
+    for seed in range(CASES):
         labels, scores, users = random_case(seed)
         expected = []
         for user in np.unique(users):
@@ -57,16 +62,28 @@ def test_ndcg_equals_scikit_learn_on_random_ties():
         assert metrics.ndcg_at_k(labels, scores, users, 5) == pytest.approx(np.mean(expected), abs=1e-9)
 
 
+def test_ndcg_equals_torchmetrics_where_no_scores_tie():
+    for seed in range(200):
+        rng = np.random.default_rng(seed)
+        labels = (rng.random(12) < 0.3).astype(float)
+        scores = rng.permutation(12) / 12
+        expected = retrieval_normalized_dcg(torch.tensor(scores), torch.tensor(labels).long(), top_k=5).item()
+        assert metrics.ndcg_at_k(labels, scores, np.zeros(12), 5) == pytest.approx(expected, abs=1e-6)  # float32
+
+
 def test_log_loss_and_normalised_entropy_equal_scikit_learn():
-    for seed in range(100):
+    for seed in range(CASES):
         labels, scores, _ = random_case(seed)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             loss = oracle.log_loss(labels, scores, labels=[0.0, 1.0])
         assert metrics.log_loss(labels, scores) == pytest.approx(loss, abs=1e-9)
-        if 0 < labels.mean() < 1:
-            base = oracle.log_loss(labels, np.full(len(labels), labels.mean()), labels=[0.0, 1.0])
-            assert metrics.normalised_entropy(labels, scores) == pytest.approx(loss / base, rel=1e-9)
+        rate = labels.mean()
+        if 0 < rate < 1:
+            entropy = -rate * math.log(rate) - (1 - rate) * math.log(1 - rate)
+            assert metrics.normalised_entropy(labels, scores) == pytest.approx(loss / entropy, rel=1e-9)
+        else:
+            assert math.isnan(metrics.normalised_entropy(labels, scores))
 
 
 def test_xauc_equals_counting_every_pair():

@@ -9,9 +9,11 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
-from pipelines.estimators import Diagnostics, Estimate, Interval
 from pipelines.metrics import reliability
-from pipelines.replay import PolicyResult, ReplayReport
+from pipelines.replay import ReplayReport
+from pipelines.replay.bootstrap import Estimate, Interval
+from pipelines.replay.judge import PolicyResult
+from pipelines.replay.trust import Diagnostics
 from pipelines.report import number, write_report
 
 VOID = {"meta", "link", "br", "hr", "img", "input"}
@@ -65,6 +67,7 @@ def judged(policy: str, low: float, high: float, refused: tuple[str, ...] = ()) 
         share_clipped=0.0,
         top_percent_share=0.04,
         match_rate=0.2,
+        unsupported_mass=Interval(estimate=0.0, low=0.0, high=0.01),
     )
     estimates = {"long_view": {"logged": found, "snrips": found}}
     return PolicyResult(policy=policy, refused=list(refused), diagnostics=weights, metrics=estimates)

@@ -59,6 +59,36 @@ def test_same_seed_gives_the_same_bytes_in_two_processes(world_dir, tmp_path):
     assert first == again
 
 
+def test_the_world_is_still_the_one_that_figures_were_measured_on(world_dir, events):
+    """Ids, times and watch times of the default logger, as they were before the world knew others."""
+    digest = hashlib.sha256()
+    for name in ("user_id", "video_id", "ts_ms", "slot", "watch_ms"):
+        digest.update(np.ascontiguousarray(events[name].to_numpy()).tobytes())
+    assert digest.hexdigest() == "db384c037aef4c3445be854cc872b80ab68ac341087809a0cef552b442e6116c"
+    assert "kind" not in json.loads((world_dir / "world.json").read_text())["config"]["logger"]
+
+
+@pytest.mark.parametrize("kind", ["epsilon_slot", "popularity", "deterministic"])
+def test_other_loggers_record_the_odds_they_draw_by(tmp_path, kind):
+    config = replace(TINY, n_days=2, logger=replace(TINY.logger, kind=kind))
+    generate(config, tmp_path / "w")
+    assert read_config(tmp_path / "w" / "world.json") == config
+    events = pl.concat([pl.read_parquet(p) for p in sorted((tmp_path / "w").glob("events/*/*.parquet"))])
+    sets = pl.read_parquet(tmp_path / "w" / "candidates.parquet")
+    sizes = sets.select("request_id", n=pl.col("video_ids").list.len())
+    joined = events.join(sizes, on="request_id").with_columns(left=pl.col("n").cast(pl.Float64) - pl.col("slot"))
+    p, left = joined["propensity"].to_numpy(), joined["left"].to_numpy()
+    if kind == "deterministic":
+        assert (p == 1).all()
+        return
+    epsilon = config.logger.epsilon
+    if kind == "epsilon_slot":  # the best left, or anything
+        assert np.isclose(p, 1 - epsilon + epsilon / left).mean() == pytest.approx(1 - epsilon, abs=0.05)
+        assert (np.isclose(p, 1 - epsilon + epsilon / left) | np.isclose(p, epsilon / left)).all()
+    gap = (1 / p - left)[joined["slot"].to_numpy() == 0]  # inverse propensities count what could have been shown
+    assert abs(gap.mean()) < 5 * gap.std() / np.sqrt(len(gap))
+
+
 def test_another_seed_gives_another_world(world_dir, tmp_path):
     generate(replace(TINY, seed=TINY.seed + 1), tmp_path)
     other = digests(tmp_path)

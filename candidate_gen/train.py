@@ -115,9 +115,9 @@ class TowersTask:
         self.exact = 0 < len(eligible) <= config.full_softmax_up_to
         self._catalogue_dense: dict[int, np.ndarray] = {}
 
-    def build(self) -> torch.nn.Module:
+    def build(self, tables_on: torch.device | None = None) -> torch.nn.Module:
         """Fresh towers; the caller seeds torch."""
-        return TowersModel(self.config, TowerSizes.of(self.dataset))
+        return TowersModel(self.config, TowerSizes.of(self.dataset), tables_on)
 
     def train_units(self) -> np.ndarray:
         """Windows with targets on the training dates."""

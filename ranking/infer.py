@@ -39,8 +39,8 @@ class Ranker:
                 raise FileNotFoundError(f"{folder / name} is missing; export the ranker again")
         saved = json.loads((folder / "ranker.json").read_text())
         sizes = RankerSizes.from_json(saved["sizes"])
-        model = RankerModel(config_from(saved["config"]), sizes, saved["base_rates"])
-        model.load_state_dict(load_file(folder / "ranker.safetensors"))
+        model = RankerModel(config_from(saved["config"]), sizes, saved["base_rates"], tables_on=torch.device("meta"))
+        model.load_state_dict(load_file(folder / "ranker.safetensors"), assign=True)  # mapped, not copied
         calibration = Calibration.load(folder / "calibration.json")
         if calibration.tasks != sizes.tasks:
             raise ValueError(

@@ -53,9 +53,9 @@ class RankerTask:
         self._sizes = RankerSizes.of(dataset, self.tasks, config.leave_out)
         self._watch = self._fit_watch()
 
-    def build(self) -> RankerModel:
+    def build(self, tables_on: torch.device | None = None) -> RankerModel:
         """A fresh model; the caller seeds torch."""
-        return RankerModel(self._config, self._sizes, self.base_rates)
+        return RankerModel(self._config, self._sizes, self.base_rates, tables_on)
 
     def train_units(self) -> np.ndarray:
         """Example rows of the training dates; numbers beyond the examples are undated impressions."""
@@ -74,7 +74,8 @@ class RankerTask:
         inputs = dataset.inputs_of(examples, history_length=None if self._config.history else 0)
         watch_quantile_N = self._watch.quantile(examples.watch_ms, self._watch.durations(inputs))
         labels_NT = examples.signals[:, self._task_columns]
-        return Collated(inputs, {"labels_NT": labels_NT, "watch_quantile_N": watch_quantile_N})
+        unit_N = np.concatenate([units[dated], units[~dated]])
+        return Collated(inputs, {"labels_NT": labels_NT, "watch_quantile_N": watch_quantile_N, "unit_N": unit_N})
 
     def export(self, state: dict[str, torch.Tensor], folder: Path) -> None:
         """Write `ranker.safetensors`, `ranker.json`, and `calibration.json` fitted on the validation dates."""

@@ -57,8 +57,8 @@ def without_dropout(task):
     build = type(task).build
 
     class NoDropout(type(task)):
-        def build(self):
-            module = build(self)
+        def build(self, tables_on):
+            module = build(self, tables_on)
             for part in module.modules():
                 if isinstance(part, torch.nn.Dropout):
                     part.p = 0.0

@@ -270,6 +270,7 @@ def test_labels_that_were_not_logged_give_no_gradient(trained: Trained) -> None:
     collated = trained.task.collate(np.arange(8), seed=0)
     model = trained.task.build()
     nothing = {name: torch.full(array.shape, torch.nan) for name, array in collated.targets.items()}
+    nothing["unit_N"] = torch.arange(8)
     model(to_batch(collated.inputs), nothing)["loss"].backward()
     gradients = [p.grad for p in model.parameters()]
     assert all(g is not None for g in gradients)

@@ -136,14 +136,15 @@ class TowerSizes:
 class TowersModel(nn.Module):
     """Both towers and their loss; each EmbeddingBagCollection is looked up once a forward."""
 
-    def __init__(self, config: TowerConfig, sizes: TowerSizes) -> None:
+    def __init__(self, config: TowerConfig, sizes: TowerSizes, tables_on: torch.device | None = None) -> None:
+        """`tables_on`: the meta device where sharding fills the tables later."""
         super().__init__()
         self.config, self.sizes = config, sizes
-        self.user_ebc = _embeddings(sizes.user_tables, config.embedding_dim)
+        self.user_ebc = _embeddings(sizes.user_tables, config.embedding_dim, tables_on)
         video_tables, video_dense = sizes.video_tables, sizes.video_dense
         if not config.content:
             video_tables, video_dense = tuple(t for t in video_tables if t[0] in sizes.id_features), 0
-        self.video_ebc = _embeddings(video_tables, config.embedding_dim)
+        self.video_ebc = _embeddings(video_tables, config.embedding_dim, tables_on)
         self.user_features = JoinedFeatures(sizes.user_tables, sizes.id_features, sizes.user_dense, config)
         self.video_features = JoinedFeatures(video_tables, sizes.id_features, video_dense, config)
         self.video_mlp = _mlp(self.video_features.width, config.hidden, config.inner_dim)
@@ -328,10 +329,10 @@ class HistoryEncoder(nn.Module):
         return state_BPE
 
 
-def _embeddings(tables: tuple[tuple[str, int], ...], dim: int) -> EmbeddingBagCollection:
+def _embeddings(tables: tuple[tuple[str, int], ...], dim: int, device: torch.device | None) -> EmbeddingBagCollection:
     """One table a feature, lists mean-pooled. Rows start near zero: an id seen once says little beside the content."""
     return EmbeddingBagCollection(
-        device=torch.device("cpu"),
+        device=device or torch.device("cpu"),
         tables=[
             EmbeddingBagConfig(
                 name=name,

@@ -115,9 +115,9 @@ class TowersTask:
         self.exact = 0 < len(eligible) <= config.full_softmax_up_to
         self._catalogue_dense: dict[int, np.ndarray] = {}
 
-    def build(self) -> torch.nn.Module:
+    def build(self, tables_on: torch.device | None = None) -> torch.nn.Module:
         """Fresh towers; the caller seeds torch."""
-        return TowersModel(self.config, TowerSizes.of(self.dataset))
+        return TowersModel(self.config, TowerSizes.of(self.dataset), tables_on)
 
     def train_units(self) -> np.ndarray:
         """Windows with targets on the training dates."""
@@ -127,7 +127,7 @@ class TowersTask:
         """Windows with targets on the validation dates, numbered after the training windows."""
         return len(self._train.end) + np.arange(len(self._validation.end))
 
-    def collate(self, units: np.ndarray, *, seed: int) -> Collated:
+    def collate(self, units: np.ndarray, *, seed: int, seed_of_all: int = 0) -> Collated:
         """One batch of windows; the seed draws its uniform negatives."""
         n_train = len(self._train.end)
         parts = [_take(self._train, units[units < n_train]), _take(self._validation, units[units >= n_train] - n_train)]

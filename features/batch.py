@@ -9,7 +9,7 @@ A KeyedJaggedTensor holds, feature after feature, one bag of rows for each of n 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import torch
@@ -28,6 +28,7 @@ class Batch:
     surface_B: torch.Tensor
     now_ms_B: torch.Tensor
     video: KeyedJaggedTensor
+    video_row_U: torch.Tensor
     video_dense_UD: torch.Tensor
     history_BL: torch.Tensor
     history_signals_BLS: torch.Tensor
@@ -45,27 +46,38 @@ class Batch:
         """A copy on the device."""
         return Batch(**{f.name: getattr(self, f.name).to(device) for f in fields(self)})
 
+    def pad_videos(self, n_videos: int) -> Batch:
+        """Unknown videos appended, so that all workers embed equally many (TorchRec's table-wise exchange wants one
+        batch size); raises ValueError when the batch already has more."""
+        has = len(self.video_dense_UD)
+        if n_videos < has:
+            raise ValueError(f"batch holds {has} distinct videos, more than the {n_videos} it should be padded to")
+        if n_videos == has:
+            return self
+        keys = self.video.keys()
+        lengths_FU = self.video.lengths().view(len(keys), has)
+        return replace(
+            self,
+            video=KeyedJaggedTensor(
+                keys=keys,
+                values=self.video.values(),
+                lengths=torch.nn.functional.pad(lengths_FU, (0, n_videos - has)).flatten(),
+            ),
+            video_dense_UD=torch.nn.functional.pad(self.video_dense_UD, (0, 0, 0, n_videos - has)),
+            video_row_U=torch.nn.functional.pad(self.video_row_U, (0, n_videos - has)),
+        )
 
-def to_batch(inputs: Inputs, *, pad_videos_to: int | None = None) -> Batch:
-    """Inputs -> Batch. `pad_videos_to` appends unknown videos so that all workers embed equally many (TorchRec's
-    table-wise exchange wants one batch size); raises ValueError when the batch already has more."""
-    video_sparse, video_dense = inputs.video_sparse_UW, inputs.video_dense_UD
-    if pad_videos_to is not None:
-        missing = pad_videos_to - len(video_sparse)
-        if missing < 0:
-            raise ValueError(
-                f"batch holds {len(video_sparse)} distinct videos, more than pad_videos_to={pad_videos_to}"
-            )
-        padding = np.full((missing, video_sparse.shape[1]), -1, video_sparse.dtype)
-        video_sparse = np.concatenate([video_sparse, padding])
-        video_dense = np.concatenate([video_dense, np.zeros((missing, video_dense.shape[1]), np.float32)])
+
+def to_batch(inputs: Inputs) -> Batch:
+    """Inputs -> Batch."""
     return Batch(
         user=to_kjt(inputs.user_sparse_BW, inputs.user_columns),
-        video=to_kjt(video_sparse, inputs.video_columns),
+        video=to_kjt(inputs.video_sparse_UW, inputs.video_columns),
         user_dense_BD=_tensor(inputs.user_dense_BD),
         surface_B=_tensor(inputs.surface_B),
         now_ms_B=_tensor(inputs.now_ms_B),
-        video_dense_UD=_tensor(video_dense),
+        video_row_U=_tensor(inputs.video_row_U),
+        video_dense_UD=_tensor(inputs.video_dense_UD),
         history_BL=_tensor(inputs.history_BL),
         history_signals_BLS=_tensor(inputs.history_signals_BLS),
         history_watch_BL=_tensor(inputs.history_watch_BL),

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from features.entities import Entities
+from features.entities import Entities, mapped
 from features.schema import SIGNALS
 
 COUNTED: tuple[str, ...] = ("click", "long_view", "like")
@@ -86,9 +86,7 @@ class DailyCounters:
     @classmethod
     def load(cls, folder: Path) -> DailyCounters:
         """Memory-map what `save` wrote."""
-        return cls(
-            np.load(folder / "counters_user.npy", mmap_mode="r"), np.load(folder / "counters_video.npy", mmap_mode="r")
-        )
+        return cls(list(mapped(folder / "counters_user.npy")), list(mapped(folder / "counters_video.npy")))
 
 
 def count_days(

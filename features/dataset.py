@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 
 from features.counters import BEFORE, DailyCounters, count_days
-from features.entities import Entities
+from features.entities import Entities, mapped
 from features.follows import Follows
 from features.history import UNDATED_TS_MS, HistoryLog, signal_bits, watch_fraction
 from features.inputs import UNKNOWN_UPLOAD, Inputs, UserRows, assemble
@@ -184,7 +184,7 @@ class Dataset:
         encoder = Encoder.load(folder)
 
         def array(name: str) -> np.ndarray:
-            return np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False)
+            return mapped(folder / f"{name}.npy")
 
         return cls(
             encoder=encoder,

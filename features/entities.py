@@ -81,8 +81,10 @@ class Entities:
     @classmethod
     def load(cls, folder: Path, prefix: str, columns: SparseColumns) -> Entities:
         """Memory-map what `save` wrote; a second process on the machine shares the pages."""
-        arrays = {
-            field: np.load(folder / f"{prefix}_{field}.npy", mmap_mode="r", allow_pickle=False)
-            for field in ("ids", "sparse", "dense")
-        }
+        arrays = {field: mapped(folder / f"{prefix}_{field}.npy") for field in ("ids", "sparse", "dense")}
         return cls(columns=columns, **arrays)
+
+
+def mapped(file: Path) -> np.ndarray:
+    """A memory-mapped .npy as a plain array: gathering from an `np.memmap` pays for its subclass at each batch."""
+    return np.asarray(np.load(file, mmap_mode="r", allow_pickle=False))

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from features.entities import mapped
 from features.schema import SIGNALS
 
 UNDATED_TS_MS = -(2**62)
@@ -66,8 +67,8 @@ def gap_bucket(later_ms: np.ndarray, earlier_ms: np.ndarray, mask: np.ndarray) -
     """Log2 buckets of the seconds between two times; 0 where `mask` is False or the earlier time is undated."""
     known = mask & (earlier_ms != UNDATED_TS_MS)
     gap_s = np.where(known, later_ms - np.where(known, earlier_ms, 0), 0) / 1000.0
-    bucket = 1 + np.floor(np.log2(np.maximum(gap_s, 1.0))).astype(np.int64)
-    return np.where(known, np.minimum(bucket, GAP_BUCKETS - 1), 0)
+    _, exponent = np.frexp(np.maximum(gap_s, 1.0))  # 2^(exponent-1) <= gap < 2^exponent: 1 + floor(log2(gap))
+    return np.where(known, np.minimum(exponent, GAP_BUCKETS - 1), 0).astype(np.int64)
 
 
 def signal_bits(signals_NS: np.ndarray) -> np.ndarray:
@@ -78,7 +79,11 @@ def signal_bits(signals_NS: np.ndarray) -> np.ndarray:
 
 def unpack_signals(bits: np.ndarray) -> np.ndarray:
     """Bit masks (...,) uint8 -> float32 (..., S)."""
-    return ((bits[..., None] >> np.arange(len(SIGNALS), dtype=np.uint8)) & 1).astype(np.float32)
+    return np.take(_UNPACKED, bits, axis=0)
+
+
+_UNPACKED = ((np.arange(256)[:, None] >> np.arange(len(SIGNALS))) & 1).astype(np.float32)
+"""Every bit mask unpacked: looking it up is several times faster than shifting each event's."""
 
 
 def watch_fraction(watch_ms: np.ndarray, duration_ms: np.ndarray) -> np.ndarray:
@@ -163,7 +168,7 @@ class HistoryLog:
     @classmethod
     def load(cls, folder: Path) -> HistoryLog:
         """Memory-map what `save` wrote."""
-        return cls(**{f.name: np.load(folder / f"history_{f.name}.npy", mmap_mode="r") for f in fields(cls)})
+        return cls(**{f.name: mapped(folder / f"history_{f.name}.npy") for f in fields(cls)})
 
 
 def empty_window(n: int, length: int) -> HistoryWindow:

@@ -29,6 +29,9 @@ class Step:
     units_of_all: int
     """Units that all workers take in this step."""
     seed: int
+    """This worker's own, for what it draws while collating."""
+    seed_of_all: int
+    """The same for all workers, for what the model draws by row."""
 
 
 def derived_seed(*key: int) -> int:
@@ -52,6 +55,7 @@ def training_steps(
             units=order[start + rank * per_worker : start + (rank + 1) * per_worker],
             units_of_all=together,
             seed=derived_seed(seed, epoch, start // together, rank),
+            seed_of_all=derived_seed(seed, epoch, start // together),
         )
         for start in range(units_done, len(order) - together + 1, together)
     ]
@@ -70,6 +74,7 @@ def validation_steps(units: np.ndarray, *, seed: int, batch_size: int, rank: int
                     units=chunk[rank * share : (rank + 1) * share],
                     units_of_all=share * world,
                     seed=derived_seed(seed, VALIDATION, len(steps), rank),
+                    seed_of_all=derived_seed(seed, VALIDATION, len(steps)),
                 )
             )
     return steps

@@ -15,6 +15,7 @@ import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.state_dict_loader import load
@@ -115,13 +116,36 @@ def read_cursor(checkpoint: Path) -> Cursor:
     return Cursor.from_json((checkpoint / "cursor.json").read_text())
 
 
-def read_unsharded(checkpoint: Path, like: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Plain whole tensors of these names and shapes, read by this process alone."""
-    whole = {name: torch.empty_like(tensor, device="cpu") for name, tensor in like.items()}
+def read_unsharded(
+    checkpoint: Path, like: dict[str, torch.Tensor], parts: dict[str, tuple[str, int, int]], scratch: Path
+) -> dict[str, torch.Tensor]:
+    """Plain whole tensors of these names and shapes, read by this process alone into a file that backs them: a model
+    larger than memory goes through in pieces. `parts`: what is stored as a range of a tensor's rows, by its stored
+    name. The tensors end with `scratch`, which the caller removes."""
+    whole = _mapped_tensors(like, scratch)
+    in_parts = {name for name, _, _ in parts.values()}
+    stored = {name: tensor for name, tensor in whole.items() if name not in in_parts}
+    stored |= {name: whole[of][start:end] for name, (of, start, end) in parts.items()}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        load(dict(whole), checkpoint_id=checkpoint, no_dist=True)
+        load(dict(stored), checkpoint_id=checkpoint, no_dist=True)
     return whole
+
+
+def _mapped_tensors(like: dict[str, torch.Tensor], file: Path) -> dict[str, torch.Tensor]:
+    """Uninitialised tensors of these shapes in a fresh file."""
+    offsets, end = {}, 0
+    for name, tensor in like.items():
+        offsets[name] = end
+        end += -(-tensor.nbytes // _ALIGNED) * _ALIGNED
+    data = torch.from_numpy(np.memmap(file, np.uint8, "w+", shape=(max(end, 1),)))
+    return {
+        name: data[offsets[name] : offsets[name] + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+        for name, tensor in like.items()
+    }
+
+
+_ALIGNED = 64
 
 
 def _replace(file: Path, text: str) -> None:

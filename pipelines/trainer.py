@@ -2,7 +2,8 @@
 
 Workers are the processes of torch.distributed's default group; without one, `fit` makes a group of one. Each step:
 units -> collate (background) -> Batch -> loss -> stop if it is not finite -> backward, in which the tables move ->
-dense Adam. Randomness is reseeded from (seed, epoch, step, rank), so that a position says everything.
+sum of the workers' dense gradients -> Adam. Randomness is reseeded from (seed, epoch, step), so that a position says
+everything; what is drawn by row must hang on the row (`ranking.dropout`), for workers share out the rows.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Protocol, cast
+from typing import Literal, Protocol, cast
 
 import numpy as np
 import torch
@@ -25,9 +26,10 @@ from torch._C._distributed_c10d import HashStore
 
 from features.batch import Batch, to_batch
 from features.inputs import Collated
+from pipelines.allocator import freed_memory_kept
 from pipelines.batches import VALIDATION, Step, ahead, derived_seed, training_steps, validation_steps
 from pipelines.checkpoint import Checkpoints, Cursor, EpochReport, read_cursor, read_unsharded
-from pipelines.sharding import TablePlan, dense_parameters, shard
+from pipelines.sharding import TablePlan, Traffic, dense_parameters, shard
 
 
 class Task(Protocol):
@@ -35,9 +37,9 @@ class Task(Protocol):
 
     name: str
 
-    def build(self) -> nn.Module:
-        """Fresh unsharded module on the CPU. forward(batch, targets) gives "loss", a mean, and other scalars; it
-        calls each EmbeddingBagCollection once and uses all dense parameters."""
+    def build(self, tables_on: torch.device) -> nn.Module:
+        """Fresh unsharded module on the CPU, its tables on `tables_on`, the meta device. forward(batch, targets) gives
+        "loss", a mean, and other scalars; it calls each collection once and uses all dense parameters."""
         ...
 
     def train_units(self) -> np.ndarray:
@@ -48,12 +50,13 @@ class Task(Protocol):
         """int64 ids never trained on; the best epoch is chosen by them."""
         ...
 
-    def collate(self, units: np.ndarray, *, seed: int) -> Collated:
+    def collate(self, units: np.ndarray, *, seed: int, seed_of_all: int) -> Collated:
         """Numpy only; deterministic in (units, seed); one context a unit."""
         ...
 
     def export(self, state: dict[str, torch.Tensor], folder: Path) -> None:
-        """Write the model from its unsharded state_dict into `folder`."""
+        """Write the model from its unsharded state_dict into `folder`. Large tables are mapped from a file: write, do
+        not copy, and keep no reference."""
         ...
 
 
@@ -82,6 +85,10 @@ class TrainConfig:
     prefetch: int = 2
     """Batches collated ahead."""
     num_workers: int = 1
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Of the dense part's matrix products; parameters, tables, optimizers and losses stay in fp32."""
+    rows_a_part: int | None = None
+    """Tables of more rows are split into tables of this many, to lie on several workers; what is learnt is the same."""
     threads: int | None = None
     """Torch threads a worker; None: the machine's cores shared out evenly."""
     use_gpu: bool = False
@@ -149,7 +156,7 @@ def fit(
 ) -> TrainResult:
     """Train to the best epoch and export it into `out_dir`; called by every worker. With `resume`, goes on from the
     last checkpoint in `out_dir` if there is one. Progress: the first worker's, and every worker's at an epoch's end."""
-    with _process_group():
+    with _process_group(), freed_memory_kept():
         run = _Run(task, config, out_dir, on_progress)
         if resume:
             run.resume()
@@ -176,17 +183,25 @@ class _Run:
                 "choose validation dates that hold data"
             )
         torch.manual_seed(derived_seed(config.seed))
-        module = task.build()
+        module = task.build(torch.device("meta"))
         self.unsharded = {name: tensor.to("meta") for name, tensor in module.state_dict().items()}
-        self.model, self.plan = shard(
-            module, lr_sparse=config.lr_sparse, batch_size=config.batch_size, device=self.device
+        sharded = shard(
+            module,
+            lr_sparse=config.lr_sparse,
+            batch_size=config.batch_size,
+            traffic=self._traffic(),
+            device=self.device,
+            seed=config.seed,
+            rows_a_part=config.rows_a_part,
         )
+        self.model, self.plan, self.table_rows = sharded.model, sharded.plan, sharded.rows
         self.dense = dense_parameters(self.model)
         matrices = [p for p in self.dense.values() if p.ndim > 1]
         others = [p for p in self.dense.values() if p.ndim <= 1]
         self.dense_optimizer = torch.optim.AdamW(
             [{"params": matrices, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}],
             lr=config.lr_dense,
+            fused=True,
         )
         self.checkpoints = Checkpoints(out_dir / "checkpoints")
         self.cursor = Cursor(recipe=self._recipe(), finished=config.epochs == 0)
@@ -215,7 +230,7 @@ class _Run:
         steps = self._training_steps()
         for step, batch, targets in self._feed(steps, clock):
             self._set_learning_rates()
-            torch.manual_seed(step.seed)
+            torch.manual_seed(step.seed_of_all)
             loss = self._training_step(step, batch, targets)
             self.cursor = replace(
                 self.cursor,
@@ -279,56 +294,106 @@ class _Run:
             wall_s=time.perf_counter() - self.started,
         )
         if self.rank == 0:
-            state = read_unsharded(best, {f"model/{name}": t for name, t in self.unsharded.items()})
-            self.task.export({name.removeprefix("model/"): t for name, t in state.items()}, self.out_dir)
+            self._export_whole(best)
             (self.out_dir / "training.json").write_text(result.to_json())
         dist.barrier()
         return result
 
+    def _export_whole(self, checkpoint: Path) -> None:
+        like = {f"model/{name}": tensor for name, tensor in self.unsharded.items()}
+        parts = {f"model/{name}": (f"model/{r.table}", r.start, r.end) for name, r in self.table_rows.items()}
+        scratch = self.out_dir / "whole.partial"
+        try:
+            state = read_unsharded(checkpoint, like, parts, scratch)
+            self.task.export({name.removeprefix("model/"): t for name, t in state.items()}, self.out_dir)
+        finally:
+            scratch.unlink(missing_ok=True)
+
     def _recipe(self) -> dict[str, str | int]:
         units = hashlib.sha256(np.ascontiguousarray(self.train_units).tobytes()).hexdigest()[:16]
-        return {"task": self.task.name, "seed": self.config.seed, "train_units": units}
+        parts = {} if self.config.rows_a_part is None else {"rows_a_part": self.config.rows_a_part}
+        return {"task": self.task.name, "seed": self.config.seed, "train_units": units, **parts}
+
+    def _traffic(self) -> dict[str, Traffic]:
+        """Bags a step and ids a bag of each feature, as the first batch has them; the most of all workers."""
+        first = self._steps(0, 0)[0]
+        batch = to_batch(self.task.collate(first.units, seed=first.seed, seed_of_all=first.seed_of_all).inputs)
+        asked = {}
+        for bags in (batch.user, batch.video):
+            lengths_FB = bags.lengths().view(len(bags.keys()), -1).float()
+            n_bags = self._largest(lengths_FB.shape[1])
+            for name, mean in zip(bags.keys(), lengths_FB.mean(dim=1).tolist(), strict=True):
+                asked[name] = Traffic(n_bags, mean)
+        shares: list = [None] * self.world
+        dist.all_gather_object(shares, asked)  # the planner must see one figure everywhere
+        return shares[0]
 
     def _is_finished(self) -> bool:
         stale = self.cursor.epoch - 1 - self.cursor.best_epoch
         return self.cursor.epoch >= self.config.epochs or stale >= self.config.patience
 
     def _training_steps(self) -> list[Step]:
+        return self._steps(self.cursor.epoch, self.cursor.units_done)
+
+    def _steps(self, epoch: int, units_done: int) -> list[Step]:
         return training_steps(
             self.train_units,
             seed=self.config.seed,
-            epoch=self.cursor.epoch,
+            epoch=epoch,
             batch_size=self.config.batch_size,
             rank=self.rank,
             world=self.world,
-            units_done=self.cursor.units_done,
+            units_done=units_done,
         )
 
     def _feed(self, steps: list[Step], clock: _Clock) -> Iterator[tuple[Step, Batch, dict[str, torch.Tensor]]]:
         """Tensors on the device, all workers' batches padded to equally many videos."""
-        collated = ahead(lambda s: self.task.collate(s.units, seed=s.seed), steps, depth=self.config.prefetch)
+
+        def make(step: Step) -> tuple[Batch, dict[str, torch.Tensor]]:
+            made = self.task.collate(step.units, seed=step.seed, seed_of_all=step.seed_of_all)
+            return to_batch(made.inputs), {name: torch.from_numpy(a) for name, a in made.targets.items()}
+
+        made_ahead = ahead(make, steps, depth=self.config.prefetch)
         while True:
             asked = time.perf_counter()
-            following = next(collated, None)
+            following = next(made_ahead, None)
             if following is None:
                 return
-            step, made = following
-            n_videos = self._largest(len(made.inputs.video_sparse_UW))
-            batch = to_batch(made.inputs, pad_videos_to=n_videos).to(self.device)
-            targets = {name: torch.from_numpy(a).to(self.device) for name, a in made.targets.items()}
+            step, (batch, targets) = following
+            if self.world > 1:
+                batch = batch.pad_videos(self._largest(len(batch.video_dense_UD)))
+            batch = batch.to(self.device)
+            targets = {name: tensor.to(self.device) for name, tensor in targets.items()}
             clock.waited_s += time.perf_counter() - asked
             yield step, batch, targets
 
     def _training_step(self, step: Step, batch: Batch, targets: dict[str, torch.Tensor]) -> float:
         """Mean loss of all workers. Tables move inside backward, so the loss is looked at before."""
-        loss = self.model(batch, targets)["loss"]
+        with self._dense_precision():
+            loss = self.model(batch, targets)["loss"]
         mean_loss = self._mean(loss.detach())
         if not math.isfinite(mean_loss):
             self._refuse(step, float(loss.detach()))
         self.dense_optimizer.zero_grad(set_to_none=True)
         loss.backward()
+        self._average_dense_gradients()
         self.dense_optimizer.step()
         return mean_loss
+
+    def _dense_precision(self) -> torch.autocast:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16")
+
+    def _average_dense_gradients(self) -> None:
+        """In one piece: the dense part is small beside what the tables exchange, so there is little to overlap, and
+        DistributedDataParallel's hooks and copies would cost a step of the ranker 5%, even alone."""
+        if self.world == 1:
+            return
+        gradients = [parameter.grad for parameter in self.dense.values() if parameter.grad is not None]
+        flat = torch.cat([gradient.flatten() for gradient in gradients])
+        dist.all_reduce(flat)
+        flat /= self.world
+        for gradient, mean in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+            gradient.copy_(mean.view_as(gradient))
 
     def _refuse(self, step: Step, own_loss: float) -> None:
         shares: list = [None] * self.world
@@ -355,7 +420,9 @@ class _Run:
         sums: dict[str, float] = {}
         units = 0
         for step, batch, targets in self._feed(steps, _Clock()):
-            for name, scalar in self.model(batch, targets).items():
+            with self._dense_precision():
+                scalars = self.model(batch, targets)
+            for name, scalar in scalars.items():
                 sums[name] = sums.get(name, 0.0) + self._mean(scalar) * step.units_of_all
             units += step.units_of_all
         return {name: total / units for name, total in sums.items()}

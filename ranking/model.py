@@ -13,7 +13,7 @@ from typing import Any, Self
 import numpy as np
 import torch
 from torch import nn
-from torchrec.modules.embedding_configs import EmbeddingBagConfig, PoolingType
+from torchrec.modules.embedding_configs import DataType, EmbeddingBagConfig, PoolingType
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
@@ -24,6 +24,7 @@ from features.entities import SparseColumns
 from features.history import GAP_BUCKETS
 from features.inputs import INSTANT_WIDTH
 from features.schema import SIGNALS
+from ranking.dropout import RowDropout, keep_mask, required
 from ranking.loss import quantile_loss, task_losses
 from ranking.tasks import TASKS
 
@@ -39,6 +40,8 @@ class RankerConfig:
 
     embedding_dim: int = 16
     """Width of every embedding."""
+    half_tables: bool = False
+    """Tables in fp16, their accumulators in fp32: half the memory of large ones."""
     leave_out: tuple[str, ...] = ()
     """Sparse features that are not looked up: user ids with a handful of impressions each are learnt by heart."""
     bottom_widths: tuple[int, ...] = (64, 32)
@@ -154,21 +157,28 @@ class RankerSizes:
 class RankerModel(nn.Module):
     """Logits of T tasks and of the watch-time quantile for each candidate; a score never sees other candidates."""
 
-    def __init__(self, config: RankerConfig, sizes: RankerSizes, base_rates: Mapping[str, float]) -> None:
-        """`base_rates`: share of positives by task, the starting point of the biases."""
+    def __init__(
+        self,
+        config: RankerConfig,
+        sizes: RankerSizes,
+        base_rates: Mapping[str, float],
+        tables_on: torch.device | None = None,
+    ) -> None:
+        """`base_rates`: share of positives by task, the starting point of the biases. `tables_on`: the meta device
+        where the tables are filled later, by sharding or from a file."""
         super().__init__()
         self.config, self.sizes = config, sizes
         weights = dict.fromkeys(sizes.tasks, 1.0) | dict(config.task_weights)
         self.task_weights = [weights[task] for task in sizes.tasks]
-        self.user_ebc = _embeddings(sizes.user_names, sizes.user_table_rows, config)
-        self.video_ebc = _embeddings(sizes.video_names, sizes.video_table_rows, config)
+        self.user_ebc = _embeddings(sizes.user_names, sizes.user_table_rows, config, tables_on)
+        self.video_ebc = _embeddings(sizes.video_names, sizes.video_table_rows, config, tables_on)
         user_width = len(sizes.user_names) * config.embedding_dim
         video_width = len(sizes.video_names) * config.embedding_dim
         self._user_dense, self._skipped = sizes.user_dense, 0
         if not config.counters:
             self._user_dense, self._skipped = sizes.user_dense - WIDTH_PER_KEY, sizes.candidate_dense - INSTANT_WIDTH
         dense_width = self._user_dense + sizes.video_dense + sizes.candidate_dense - self._skipped
-        self.embedding_dropout = nn.Dropout(config.embedding_dropout)
+        self.embedding_dropout = RowDropout(config.embedding_dropout)
         self.bottom = BottomMlp(dense_width, config.bottom_widths)
         width = user_width + video_width + config.bottom_widths[-1]
         self.attention = HistoryAttention(video_width + sizes.video_dense, config) if config.history else None
@@ -183,8 +193,8 @@ class RankerModel(nn.Module):
 
     def forward(self, batch: Batch, targets: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Loss over `labels_NT` and `watch_quantile_N` (NaN where not logged), each row by its `weight_N`, and each
-        task's own loss."""
-        logits_NT, watch_N, penalty = self._logits(batch, with_side=True)
+        task's own loss. `unit_N` tells examples apart: one context and one candidate each."""
+        logits_NT, watch_N, penalty = self._logits(batch, with_side=True, key_N=targets["unit_N"])
         losses_T = task_losses(logits_NT, targets["labels_NT"], targets["weight_N"])
         watch = quantile_loss(watch_N, targets["watch_quantile_N"], targets["weight_N"])
         weights_T = losses_T.new_tensor(self.task_weights)
@@ -197,11 +207,14 @@ class RankerModel(nn.Module):
         logits_NT, watch_N, _ = self._logits(batch, with_side=False)
         return logits_NT, watch_N
 
-    def _logits(self, batch: Batch, *, with_side: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def _logits(
+        self, batch: Batch, *, with_side: bool, key_N: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         user_BF = _lookup(self.user_ebc, batch.user, self.sizes.user_names)
         video_UF = _lookup(self.video_ebc, batch.video, self.sizes.video_names)
         penalty = user_BF.square().sum(1).mean() + video_UF.square().sum(1).mean()
-        user_BF, video_UF = self.embedding_dropout(user_BF), self.embedding_dropout(video_UF)
+        user_BF = self.embedding_dropout(user_BF, key_N)
+        video_UF = self.embedding_dropout(video_UF, batch.video_row_U)
         candidate, owner = batch.candidate_N, batch.owner_N
         user_dense_BD = batch.user_dense_BD[:, : self._user_dense]
         candidate_dense_NC = batch.candidate_dense_NC[:, self._skipped :]
@@ -215,10 +228,10 @@ class RankerModel(nn.Module):
             surface_BF, shift_BT = self.surface(batch.surface_B)
             parts.append(surface_BF.index_select(0, owner))
             direct_NT = direct_NT + shift_BT.index_select(0, owner)
-        out_NT = self.mixture(self.cross(torch.cat(parts, dim=1))) + direct_NT
+        out_NT = self.mixture(self.cross(torch.cat(parts, dim=1)), key_N) + direct_NT
         logits_NT, watch_N = out_NT[:, :-1], out_NT[:, -1]
         if with_side:
-            logits_NT = logits_NT + self.side(batch.slot_N, batch.surface_B[owner])
+            logits_NT = logits_NT + self.side(batch.slot_N, batch.surface_B[owner], key_N)
         return logits_NT, watch_N, penalty
 
     @torch.no_grad()
@@ -314,16 +327,16 @@ class ExpertMixture(nn.Module):
         self.n_experts, self.n_tasks = config.n_experts, n_tasks
         self.normalise = nn.LayerNorm(width)
         self.hidden = nn.Linear(width, config.n_experts * hidden)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = RowDropout(config.dropout)
         self.out_EHO = nn.Parameter(torch.randn(config.n_experts, hidden, out) * hidden**-0.5)
         self.normalise_out = nn.LayerNorm(out)
         self.gate = nn.Linear(width, n_tasks * config.n_experts)
         self.head_TO = nn.Parameter(torch.randn(n_tasks, out) * 0.1 * out**-0.5)
 
-    def forward(self, x_NF: torch.Tensor) -> torch.Tensor:
+    def forward(self, x_NF: torch.Tensor, key_N: torch.Tensor | None) -> torch.Tensor:
         """(N, T) logits without bias."""
         x_NF = self.normalise(x_NF)
-        hidden_NEH = self.dropout(nn.functional.silu(self.hidden(x_NF))).unflatten(-1, (self.n_experts, -1))
+        hidden_NEH = self.dropout(nn.functional.silu(self.hidden(x_NF)), key_N).unflatten(-1, (self.n_experts, -1))
         experts_NEO = torch.bmm(hidden_NEH.transpose(0, 1), self.out_EHO).transpose(0, 1)
         experts_NEO = nn.functional.silu(self.normalise_out(experts_NEO))
         gates_NTE = self.gate(x_NF).unflatten(-1, (self.n_tasks, self.n_experts)).softmax(-1)
@@ -353,21 +366,20 @@ class SideTower(nn.Module):
         self.slot = nn.Embedding(sizes.slot_rows, config.side_width)
         self.surface = None if config.surface_as_context else nn.Embedding(sizes.surface_rows, config.side_width)
         self.out = nn.Linear(config.side_width, len(sizes.tasks), bias=False)
-        self.keep = 1.0 - config.side_dropout
+        self.dropout = config.side_dropout
         for table in (self.slot, self.surface):
             if table is not None:
                 nn.init.normal_(table.weight, std=0.1)
 
-    def forward(self, slot_N: torch.Tensor, surface_N: torch.Tensor) -> torch.Tensor:
-        """(N, T) logits; in training a share of the rows gets zeros."""
+    def forward(self, slot_N: torch.Tensor, surface_N: torch.Tensor, key_N: torch.Tensor | None = None) -> torch.Tensor:
+        """(N, T) logits; in training a share of the rows, drawn by their keys, gets zeros."""
         place_NS = self.slot(slot_N)
         if self.surface is not None:
             place_NS = place_NS + self.surface(surface_N)
         logits_NT = self.out(place_NS)
         if not self.training:
             return logits_NT
-        kept_N1 = torch.rand(len(slot_N), 1, device=logits_NT.device) < self.keep
-        return logits_NT * kept_N1
+        return logits_NT * keep_mask(required(key_N), 1, self.dropout)
 
 
 def config_fields(config: RankerConfig) -> dict[str, Any]:
@@ -391,8 +403,11 @@ def _with_tuples(fields: dict[str, Any]) -> dict[str, Any]:
     return {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
 
 
-def _embeddings(names: tuple[str, ...], rows: tuple[int, ...], config: RankerConfig) -> EmbeddingBagCollection:
+def _embeddings(
+    names: tuple[str, ...], rows: tuple[int, ...], config: RankerConfig, device: torch.device | None
+) -> EmbeddingBagCollection:
     return EmbeddingBagCollection(
+        device=device,
         tables=[
             EmbeddingBagConfig(
                 name=name,
@@ -400,18 +415,19 @@ def _embeddings(names: tuple[str, ...], rows: tuple[int, ...], config: RankerCon
                 num_embeddings=table_rows,
                 feature_names=[name],
                 pooling=PoolingType.MEAN,
+                data_type=DataType.FP16 if config.half_tables else DataType.FP32,
                 weight_init_min=-config.embedding_init,
                 weight_init_max=config.embedding_init,
             )
             for name, table_rows in zip(names, rows, strict=True)
-        ]
+        ],
     )
 
 
 def _lookup(ebc: nn.Module, bags: KeyedJaggedTensor, names: tuple[str, ...]) -> torch.Tensor:
     """One embedding a feature, side by side; a sharded collection may give them in another order."""
     pooled = ebc(bags).to_dict()
-    return torch.cat([pooled[name] for name in names], dim=1)
+    return torch.cat([pooled[name] for name in names], dim=1).float()
 
 
 def _places(owner_N: torch.Tensor, n_contexts: int) -> tuple[torch.Tensor, int]:

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 from features.dataset import Dataset
+from features.hashing import hash_int64
 from features.inputs import Collated, Inputs
 from features.spec import Categorical
 from ranking.calibrate import Calibration
@@ -57,9 +58,9 @@ class RankerTask:
         self._sizes = RankerSizes.of(dataset, self.tasks, config.leave_out)
         self._watch = self._fit_watch()
 
-    def build(self) -> RankerModel:
+    def build(self, tables_on: torch.device | None = None) -> RankerModel:
         """A fresh model; the caller seeds torch."""
-        return RankerModel(self._config, self._sizes, self.base_rates)
+        return RankerModel(self._config, self._sizes, self.base_rates, tables_on)
 
     def train_units(self) -> np.ndarray:
         """Example rows of the training dates; numbers beyond the examples are undated impressions."""
@@ -69,9 +70,9 @@ class RankerTask:
         """Example rows of the validation dates."""
         return self._validation_rows
 
-    def collate(self, units: np.ndarray, *, seed: int) -> Collated:
-        """Inputs, labels (N, T), watch-time quantiles and weights (N,), dated impressions first; the seed draws whose
-        id is dropped in training."""
+    def collate(self, units: np.ndarray, *, seed: int, seed_of_all: int = 0) -> Collated:
+        """Inputs, labels (N, T), watch-time quantiles and weights (N,), dated impressions first. Whose id is dropped in
+        training hangs on the impression, or the video, and the seed that all workers of a step have."""
         dataset = self._dataset
         dated = units < len(dataset.examples)
         units = np.concatenate([units[dated], units[~dated]])
@@ -80,11 +81,11 @@ class RankerTask:
         examples = dataset.examples.take(units[:n_dated]) + undated
         inputs = dataset.inputs_of(examples, history=self._config.history, pairs=self._config.counters)
         if self._config.id_dropout and not self._is_validation[units].any():
-            inputs = self._without_some_ids(inputs, np.random.default_rng(seed))
+            inputs = self._without_some_ids(inputs, units, seed_of_all)
         watch_quantile_N = self._watch.quantile(examples.watch_ms, self._watch.durations(inputs))
         labels_NT = task_labels(examples)[:, self._task_columns]
         targets = {"labels_NT": labels_NT, "watch_quantile_N": watch_quantile_N, "weight_N": self._weight[units]}
-        return Collated(inputs, targets)
+        return Collated(inputs, {**targets, "unit_N": units})
 
     def export(self, state: dict[str, torch.Tensor], folder: Path) -> None:
         """Write `ranker.safetensors`, `ranker.json`, and `calibration.json` fitted on the validation dates."""
@@ -102,14 +103,15 @@ class RankerTask:
         if len(self._validation_rows):
             self._calibrate(Ranker.load(folder)).save(folder / "calibration.json")
 
-    def _without_some_ids(self, inputs: Inputs, rng: np.random.Generator) -> Inputs:
+    def _without_some_ids(self, inputs: Inputs, units_B: np.ndarray, seed: int) -> Inputs:
         spec = self._dataset.encoder.spec
+        below = np.uint64(self._config.id_dropout * 2.0**64)
         kept = []
-        for features, rows_NW, columns in (
-            (spec.user, inputs.user_sparse_BW, inputs.user_columns),
-            (spec.video, inputs.video_sparse_UW, inputs.video_columns),
+        for features, rows_NW, columns, key_N in (
+            (spec.user, inputs.user_sparse_BW, inputs.user_columns, units_B),
+            (spec.video, inputs.video_sparse_UW, inputs.video_columns, inputs.video_row_U),
         ):
-            rows_NW, dropped_N = rows_NW.copy(), rng.random(len(rows_NW)) < self._config.id_dropout
+            rows_NW, dropped_N = rows_NW.copy(), hash_int64(key_N, seed) < below
             for feature in features:
                 if isinstance(feature, Categorical) and feature.known_only:
                     rows_NW[dropped_N, columns.slice(feature.name)] = 0

@@ -139,11 +139,11 @@ def test_ids_without_training_data_become_row_zero():
 
 def test_padding_a_batch_adds_unknown_videos_and_moves_nothing():
     inputs = build(tables(8)).inputs(np.arange(20))
-    plain, padded = to_batch(inputs), to_batch(inputs, pad_videos_to=100)
+    plain, padded = to_batch(inputs), to_batch(inputs).pad_videos(100)
     assert padded.video_dense_UD.shape[0] == 100
     for key in plain.video.keys():  # noqa: SIM118 - a KeyedJaggedTensor is no dict
         bags = plain.video[key].lengths().tolist()
         assert padded.video[key].lengths().tolist()[: len(bags)] == bags
         assert padded.video[key].values().tolist() == plain.video[key].values().tolist()
-    with pytest.raises(ValueError, match="pad_videos_to=3"):
-        to_batch(inputs, pad_videos_to=3)
+    with pytest.raises(ValueError, match="more than the 3 it should be padded to"):
+        plain.pad_videos(3)

@@ -25,9 +25,9 @@ N_USERS, N_VIDEOS, N_EVENTS = 60, 80, 1200
 class ToyModel(nn.Module):
     """Label from user, candidate video and mean of the history."""
 
-    def __init__(self, user: SparseColumns, video: SparseColumns) -> None:
+    def __init__(self, user: SparseColumns, video: SparseColumns, tables_on: torch.device | None) -> None:
         super().__init__()
-        self.user_ebc, self.video_ebc = _collection(user), _collection(video)
+        self.user_ebc, self.video_ebc = _collection(user, tables_on), _collection(video, tables_on)
         self.video = nn.Linear(8 * len(video.names), 16)
         self.top = nn.Sequential(nn.Linear(8 * len(user.names) + 32, 16), nn.ReLU(), nn.Dropout(0.1), nn.Linear(16, 1))
 
@@ -47,12 +47,13 @@ def _by_name(pooled: KeyedTensor) -> torch.Tensor:
     return torch.cat([pooled[name] for name in sorted(pooled.keys())], dim=1)
 
 
-def _collection(columns: SparseColumns) -> EmbeddingBagCollection:
+def _collection(columns: SparseColumns, tables_on: torch.device | None) -> EmbeddingBagCollection:
     return EmbeddingBagCollection(
+        device=tables_on,
         tables=[
             EmbeddingBagConfig(name=n, feature_names=[n], num_embeddings=rows, embedding_dim=8)
             for n, rows in zip(columns.names, columns.table_rows, strict=True)
-        ]
+        ],
     )
 
 
@@ -63,9 +64,9 @@ class ToyTask:
     folder: Path
     name: str = "toy"
 
-    def build(self) -> nn.Module:
+    def build(self, tables_on: torch.device | None = None) -> nn.Module:
         dataset = Dataset.load(self.folder)
-        return ToyModel(dataset.users.columns, dataset.videos.columns)
+        return ToyModel(dataset.users.columns, dataset.videos.columns, tables_on)
 
     def train_units(self) -> np.ndarray:
         return np.arange(1000)
@@ -73,7 +74,7 @@ class ToyTask:
     def validation_units(self) -> np.ndarray:
         return np.arange(1000, N_EVENTS)
 
-    def collate(self, units: np.ndarray, *, seed: int) -> Collated:
+    def collate(self, units: np.ndarray, *, seed: int, seed_of_all: int) -> Collated:
         dataset = Dataset.load(self.folder)
         label_B = (dataset.examples.video_row[units] % 2).astype(np.float32)
         return Collated(inputs=dataset.inputs(units), targets={"label_B": label_B})

@@ -42,14 +42,14 @@ class TaskWithFate:
             raise AttributeError(name)
         return getattr(self.task, name)
 
-    def collate(self, units, *, seed):
+    def collate(self, units, *, seed, seed_of_all):
         if self.unit in units:
             if self.how == "raise":
                 raise KeyError(f"unit {self.unit} has no video")
             if not self.done.exists():
                 self.done.write_text("once")
                 os.kill(os.getpid(), signal.SIGKILL)
-        return self.task.collate(units, seed=seed)
+        return self.task.collate(units, seed=seed, seed_of_all=seed_of_all)
 
 
 def without_dropout(task):
@@ -57,8 +57,8 @@ def without_dropout(task):
     build = type(task).build
 
     class NoDropout(type(task)):
-        def build(self):
-            module = build(self)
+        def build(self, tables_on):
+            module = build(self, tables_on)
             for part in module.modules():
                 if isinstance(part, torch.nn.Dropout):
                     part.p = 0.0

@@ -272,6 +272,7 @@ def test_labels_that_were_not_logged_give_no_gradient(trained: Trained) -> None:
     model = trained.task.build()
     nothing = {name: torch.full(array.shape, torch.nan) for name, array in collated.targets.items()}
     nothing["weight_N"] = torch.ones(8)
+    nothing["unit_N"] = torch.arange(8)
     model(to_batch(collated.inputs), nothing)["loss"].backward()
     gradients = [p.grad for p in model.parameters()]
     assert all(g is not None for g in gradients)

@@ -35,8 +35,8 @@ from pipelines.recipes import SplitConfig, recipe
 from pipelines.run import machine
 from pipelines.stages import encoded
 from pipelines.trainer import Progress, TrainConfig, fit
+from ranking.config import RankerConfig
 from ranking.infer import Ranker
-from ranking.model import RankerConfig
 from ranking.train import RankerTask
 
 RECIPE = recipe("kuairand-pure")

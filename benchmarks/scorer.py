@@ -31,9 +31,10 @@ from features.inputs import Inputs
 from pipelines.console import output
 from ranking.calibrate import Calibration
 from ranking.compiled import compile_package, load_engine
+from ranking.config import RankerConfig, RankerSizes
 from ranking.frozen import Shape, fold
 from ranking.infer import Engine, Ranker
-from ranking.model import RankerConfig, RankerModel, RankerSizes
+from ranking.model import RankerModel
 from ranking.products import DenseType
 from ranking.tables import Tables
 from ranking.watch import WatchQuantiles

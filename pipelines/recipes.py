@@ -19,7 +19,7 @@ from candidate_gen.index import IndexConfig
 from candidate_gen.model import TowerConfig
 from features.spec import Bucketed, Categorical, Content, FeatureSpec, MultiValued, Numeric
 from pipelines.trainer import TrainConfig
-from ranking.model import RankerConfig
+from ranking.config import RankerConfig
 from ranking.tables import Precision
 from serving.config import FeedConfig
 

@@ -57,9 +57,9 @@ from pipelines.slot_effect import slot_effect
 from pipelines.train import Job, train_all
 from pipelines.trainer import Progress
 from pipelines.workspace import Workspace
+from ranking.config import RankerConfig
 from ranking.freeze import freeze
 from ranking.infer import Ranker
-from ranking.model import RankerConfig
 from ranking.train import RankerTask
 from serving.bundle import write_bundle
 from serving.golden import record

@@ -28,9 +28,9 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from ranking import frozen, products
+from ranking.config import config_fields
 from ranking.frozen import FrozenRanker, Request, Shape, fold
 from ranking.infer import Engine, Ranker
-from ranking.model import config_fields
 from ranking.native import NativeCode
 from ranking.products import DenseType, Weights
 from ranking.requests import Places

@@ -19,7 +19,7 @@ from torch.nn.functional import embedding, layer_norm, linear, silu
 from features.counters import WIDTH_PER_KEY
 from features.inputs import INSTANT_WIDTH
 from ranking import products
-from ranking.model import RankerConfig, RankerSizes
+from ranking.config import RankerConfig, RankerSizes
 from ranking.products import DenseType, Weights, product
 
 NORM_EPS = 1e-5

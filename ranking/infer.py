@@ -18,8 +18,8 @@ from safetensors import safe_open
 
 from features.inputs import Inputs
 from ranking.calibrate import Calibration
+from ranking.config import RankerConfig, RankerSizes, config_from
 from ranking.frozen import FrozenRanker, Request, Shape, fold
-from ranking.model import RankerConfig, RankerSizes, config_from
 from ranking.requests import Places, random_requests, to_request, together
 from ranking.tables import Precision, TableLayout, Tables
 from ranking.value import Scores

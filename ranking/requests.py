@@ -15,8 +15,8 @@ from features.entities import SparseColumns
 from features.history import GAP_BUCKETS
 from features.inputs import Inputs
 from features.schema import SIGNALS
+from ranking.config import RankerSizes
 from ranking.frozen import Request
-from ranking.model import RankerSizes
 from ranking.tables import TableLayout, Tables
 
 

@@ -18,8 +18,9 @@ from features.hashing import hash_int64
 from features.inputs import Collated, Inputs
 from features.spec import Categorical
 from ranking.calibrate import Calibration
+from ranking.config import RankerConfig, RankerSizes, config_fields
 from ranking.infer import Ranker
-from ranking.model import RankerConfig, RankerModel, RankerSizes, config_fields
+from ranking.model import RankerModel
 from ranking.tasks import TASKS, task_labels
 from ranking.watch import DurationColumn, WatchQuantiles
 

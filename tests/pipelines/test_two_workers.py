@@ -18,8 +18,8 @@ from pipelines.recipes import Recipe, Split, recipe
 from pipelines.stages import _ranker_task
 from pipelines.trainer import TrainConfig, fit
 from pipelines.world import SCALES, generate
+from ranking.config import RankerConfig
 from ranking.infer import Ranker
-from ranking.model import RankerConfig
 from ranking.tasks import TASKS, task_labels
 from tests.pipelines.gloo import fit_in_two
 

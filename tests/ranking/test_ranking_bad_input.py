@@ -14,8 +14,8 @@ from features.batch import to_batch
 from features.dataset import Dataset
 from features.schema import SIGNALS
 from ranking.calibrate import Calibration
+from ranking.config import RankerConfig
 from ranking.infer import Ranker
-from ranking.model import RankerConfig
 from ranking.tasks import TASKS
 from ranking.train import RankerTask
 from ranking.watch import WatchQuantiles

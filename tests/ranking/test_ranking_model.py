@@ -21,9 +21,10 @@ from features.history import UNDATED_TS_MS, empty_window
 from features.inputs import Inputs, UserRows, assemble
 from features.schema import EVENTS, SIGNALS, VIDEOS
 from features.spec import Categorical, FeatureSpec, MultiValued, Numeric
+from ranking.config import RankerConfig
 from ranking.infer import Ranker
 from ranking.loss import task_losses
-from ranking.model import RankerConfig, RankerModel
+from ranking.model import RankerModel
 from ranking.tasks import TASKS, task_labels
 from ranking.train import RankerTask
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import threading
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -20,9 +22,10 @@ from ranking.compiled import (
     compile_package,
     load_engine,
 )
+from ranking.config import RankerConfig, RankerSizes, config_fields
 from ranking.freeze import freeze
 from ranking.infer import Engine, Ranker
-from ranking.model import RankerConfig, RankerModel, RankerSizes, config_fields
+from ranking.model import RankerModel
 from ranking.requests import random_requests, together
 from ranking.watch import WatchQuantiles
 
@@ -272,3 +275,25 @@ def test_code_that_others_could_have_written_is_not_loaded(compiled: tuple[Path,
             load_engine(Ranker.load(folder), best_dense_type(), cache)
     finally:
         cache.chmod(0o700)
+
+
+def test_scoring_needs_neither_torchrec_nor_fbgemm(tmp_path: Path) -> None:
+    """As on a machine with torch alone."""
+    exported(tmp_path)
+    expected = of_ranker(Ranker.load(tmp_path), asked(40))
+    program = f"""
+import sys
+from pathlib import Path
+sys.modules["torchrec"] = sys.modules["fbgemm_gpu"] = None
+import numpy as np
+from ranking.device import device_engine
+from ranking.infer import Ranker
+from ranking.requests import random_requests
+ranker = Ranker.load(Path({str(tmp_path)!r}))
+inputs = random_requests(ranker.sizes, (40,), seed=0, history_length=20)
+print(np.concatenate([ranker.logits(inputs)[0].ravel(), ranker.logits(inputs)[1]]).tolist())
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    found = np.array(json.loads(done.stdout))
+    np.testing.assert_allclose(found, np.concatenate([expected[:, :-1].ravel(), expected[:, -1]]), atol=1e-6)

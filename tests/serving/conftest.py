@@ -18,7 +18,7 @@ from features.artifacts import Registry
 from features.dataset import Dataset
 from features.schema import EVENTS, FOLLOWS, LIMITS, SIGNALS, VIDEOS
 from features.spec import Categorical, Content, FeatureSpec, MultiValued, Numeric
-from ranking.model import RankerConfig
+from ranking.config import RankerConfig
 from ranking.train import RankerTask
 from serving.bundle import FeedBundle, write_bundle
 from serving.config import FeedConfig

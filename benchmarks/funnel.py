@@ -17,7 +17,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -29,8 +29,10 @@ from rich.table import Table
 
 from benchmarks.machine import cpu_s, describe
 from features.artifacts import Registry
+from ranking.compiled import best_dense_type, compile_apart, default_cache
 from serving.client import FeedClient
 from serving.messages import FeedResponse, Level
+from serving.scorer import SCORERS
 
 K = 10
 SERVER = """
@@ -38,7 +40,7 @@ import sys
 from pathlib import Path
 from serving.server import serve
 from serving.server_config import ServerConfig
-config = ServerConfig(port=0, drain_notice_s=0)
+config = ServerConfig(port=0, drain_notice_s=0, scorer=sys.argv[3] if len(sys.argv) > 3 else "plain")
 serve(Path(sys.argv[1]), Path(sys.argv[2]), config, lambda *ready: print(*ready, flush=True))
 """
 
@@ -50,34 +52,40 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--requests", type=int, default=400, help="measured, after a quarter as many to warm up")
     parser.add_argument("--clients", type=int, default=8, help="concurrent clients of the throughput run")
+    parser.add_argument("--scorers", nargs="*", choices=SCORERS, default=["plain", "auto"], help="one server each")
     options = parser.parse_args()
-    figures = measure(options.registry, options.requests, options.clients)
+    figures = measure(options.registry, options.requests, options.clients, options.scorers)
     show(figures, Console(width=110))
     if options.json:
         options.json.write_text(json.dumps(figures, indent=2) + "\n")
 
 
-def measure(registry: Path, n_requests: int, n_clients: int) -> dict[str, Any]:
-    """All figures of one run."""
+def measure(registry: Path, n_requests: int, n_clients: int, scorers: Sequence[str]) -> dict[str, Any]:
+    """All figures of one run: a server with each scorer, one after the other."""
     machine = describe(("torch", "torchrec", "faiss-cpu", "grpcio", "numpy"))
     bundle, (users, now_ms) = Registry(registry).open(), users_and_instant(registry)
     asked = np.random.default_rng(1).choice(users, n_requests * 2).tolist()
-    with (
-        tempfile.TemporaryDirectory() as scratch,
-        server(registry, Path(scratch) / "store.sqlite") as (process, address),
-    ):
-        pid = process.pid
-        with FeedClient(address) as client:
-            for user in asked[: n_requests // 4]:
-                client.get_feed(user, k=K, now_ms=now_ms)
-            alone = _alone(client, asked[:n_requests], now_ms, pid)
-        many = together(address, asked[n_requests:], now_ms, n_clients, pid)
+    runs = []
+    for scorer in scorers:
+        if scorer != "plain":  # a server would compile beside its first requests
+            dense = best_dense_type() if scorer == "auto" else scorer
+            compile_apart(bundle.folder / "ranker", dense, default_cache())
+        with (
+            tempfile.TemporaryDirectory() as scratch,
+            server(registry, Path(scratch) / "store.sqlite", SERVER, scorer) as (process, address),
+        ):
+            pid = process.pid
+            with FeedClient(address) as client:
+                for user in asked[: n_requests // 4]:
+                    client.get_feed(user, k=K, now_ms=now_ms)
+                alone = _alone(client, asked[:n_requests], now_ms, pid)
+            many = together(address, asked[n_requests:], now_ms, n_clients, pid)
+        runs.append({"scorer": scorer, "one_client": alone, "many_clients": many})
     videos = np.load(bundle.path("videos/videos_ids.npy"), mmap_mode="r", allow_pickle=False)
     return {
         "bundle": {"version": bundle.version, "videos": len(videos), "users": len(users)},
         "machine": machine,
-        "one_client": alone,
-        "many_clients": many,
+        "runs": runs,
     }
 
 
@@ -92,32 +100,29 @@ def users_and_instant(registry: Path) -> tuple[np.ndarray, int]:
 
 
 def show(figures: dict[str, Any], console: Console) -> None:
-    """Three small tables."""
-    alone, together, machine = figures["one_client"], figures["many_clients"], figures["machine"]
-    bundle = figures["bundle"]
+    """What each scorer's server did, and where the time of one request went."""
+    machine, bundle, runs = figures["machine"], figures["bundle"], figures["runs"]
     console.print(
-        f"GetFeed of {K} from {alone['candidates']:,.0f} candidates (median), {bundle['videos']:,} videos, "
-        f"{bundle['users']:,} users, bundle {bundle['version']}"
+        f"GetFeed of {K} from {runs[0]['one_client']['candidates']:,.0f} candidates (median), {bundle['videos']:,} "
+        f"videos, {bundle['users']:,} users, bundle {bundle['version']}"
     )
-    table = Table(
-        "clients", "requests", "median ms", "p99 ms", "requests/s", "wall s", "server CPU s", "not full", "refused"
-    )
-    for run in (alone, together):
-        table.add_row(
-            str(run["clients"]),
-            str(run["requests"]),
-            f"{run['median_ms']:.1f}",
-            f"{run['p99_ms']:.1f}",
-            f"{run['per_s']:.1f}",
-            f"{run['wall_s']:.2f}",
-            f"{run['server_cpu_s']:.2f}",
-            str(run["not_full"]),
-            str(sum(run.get("refused", {}).values())),
-        )
+    table = Table("scorer", "clients", "requests", "median ms", "p99 ms", "requests/s", "server CPU s", "not full")
+    for run in runs:
+        for part in (run["one_client"], run["many_clients"]):
+            table.add_row(
+                run["scorer"],
+                str(part["clients"]),
+                str(part["requests"]),
+                f"{part['median_ms']:.1f}",
+                f"{part['p99_ms']:.1f}",
+                f"{part['per_s']:.1f}",
+                f"{part['server_cpu_s']:.2f}",
+                str(part["not_full"] + sum(part.get("refused", {}).values())),
+            )
     console.print(table)
-    stages = Table("stage (one client)", "median ms", "")
-    for name, ms in alone["stages_ms"].items():
-        stages.add_row(name, f"{ms:.2f}", "█" * max(1, round(40 * ms / alone["median_ms"])))
+    stages = Table("stage (one client), median ms", *(run["scorer"] for run in runs))
+    for name in runs[0]["one_client"]["stages_ms"]:
+        stages.add_row(name, *(f"{run['one_client']['stages_ms'][name]:.2f}" for run in runs))
     console.print(stages)
     console.print(
         f"{machine['cpu']}, {machine['cores']} cores shared by clients and server, load average "

@@ -44,14 +44,11 @@ def profile_features(
     viewer's own, in the features of videos."""
     counted_BPS, mask_BP, rate_BS = _counted(signals_BPS, length_B)
     lesson_BPS = (counted_BPS - rate_BS[:, None, :]) * mask_BP[..., None]
-    # Alike first, then the lesson: a profile of its own for each impression of a batch would cost more.
-    if len(length_B) == 1:
-        alike_NP, first_NP = (
-            candidate_dense_ND @ past_dense_BPD[0].T,
-            candidate_dense_ND[:, :1] * past_dense_BPD[0, :, 0],
-        )
-        out_NKS = np.stack([first_NP, alike_NP - first_NP], axis=1) @ lesson_BPS[0]
-    else:
+    if len(length_B) == 1:  # all candidates meet one profile: a thousand of them cost what ten do
+        profile_SD = lesson_BPS[0].T @ past_dense_BPD[0]
+        first_NS = candidate_dense_ND[:, :1] * profile_SD[:, 0]
+        out_NKS = np.stack([first_NS, candidate_dense_ND[:, 1:] @ profile_SD[:, 1:].T], axis=1)
+    else:  # each impression of a batch has its own: alike first, then the lesson, costs less than so many profiles
         past_dense_NPD = _of_owner(past_dense_BPD, owner_N)
         alike_NP = np.matmul(past_dense_NPD, candidate_dense_ND[..., None])[..., 0]
         first_NP = past_dense_NPD[..., 0] * candidate_dense_ND[:, :1]

@@ -1,4 +1,4 @@
-"""The reference DLRM (Naumov et al., 2019) at the size training is compared at, as a task of our loop and piece by piece.
+"""The reference DLRM (Naumov et al., 2019) at the size training is compared at, as a task of our loop and in pieces.
 
 26 tables of R x 64, one random id each; 13 numbers; bottom 512-256-64, dot interaction, top 512-512-256-1: 4.8 MFLOP a
 sample forward and backward. B samples, F = 26 + 1 vectors a sample, D width, R rows a table.
@@ -79,12 +79,12 @@ class DotInteraction(nn.Module):
 
 class _PairDots(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, z_BFD, place_P, symmetric_FF):  # noqa: ANN001, ANN205 (torch's signature)
+    def forward(ctx, z_BFD, place_P, symmetric_FF):
         ctx.save_for_backward(z_BFD, symmetric_FF)
         return torch.bmm(z_BFD, z_BFD.transpose(1, 2)).flatten(1).index_select(1, place_P)
 
     @staticmethod
-    def backward(ctx, grad_BP):  # noqa: ANN001, ANN205
+    def backward(ctx, grad_BP):
         z_BFD, symmetric_FF = ctx.saved_tensors
         n = z_BFD.shape[1]
         padded_BP = nn.functional.pad(grad_BP, (0, 1))

@@ -1,4 +1,4 @@
-"""The reference DLRM (Naumov et al., 2019) at the size training is compared at: as a task of our loop, and in pieces.
+"""The reference DLRM (Naumov et al., 2019) at the size training is compared at, as a task of our loop and in pieces.
 
 26 tables of R x 64, one random id each; 13 numbers; bottom 512-256-64, dot interaction, top 512-512-256-1: 4.8 MFLOP a
 sample forward and backward. B samples, F = 26 + 1 vectors a sample, D width, R rows a table.
@@ -130,7 +130,7 @@ class DlrmTask:
         """A few: the loop wants some."""
         return np.arange(self.samples, self.samples + 256)
 
-    def collate(self, units: np.ndarray, *, seed: int, seed_of_all: int) -> Collated:
+    def collate(self, units: np.ndarray, *, seed: int) -> Collated:
         """One request a sample, no videos."""
         ids_BF, numbers_BN, label_B = draw(len(units), self.rows, seed, self.n_tables)
         n, columns = (

@@ -7,10 +7,12 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+from safetensors import safe_open
 from safetensors.torch import save_file
 
-from ranking.infer import FILES, SIDES, Ranker
-from ranking.tables import Precision, Tables, decode_rows, row_bytes
+from ranking.config import RankerSizes, config_from
+from ranking.infer import SIDES, exported_tables
+from ranking.tables import Precision, Tables, row_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,21 +35,19 @@ def freeze(source: Path, target: Path, precision: Precision) -> FrozenSize:
     """Write the ranker of `source`, as training exported it, into `target` with its tables in `precision`.
 
     Raises ValueError where the width of the embeddings does not fit it, or the source is frozen already."""
-    ranker, description = Ranker.load(source), json.loads((source / "ranker.json").read_text())
+    description = json.loads((source / "ranker.json").read_text())
     if "tables" in description:
         raise ValueError(f"{source} is frozen already ({description['tables']}); freeze what training exported")
+    config, sizes = config_from(description["config"]), RankerSizes.from_json(description["sizes"])
     shutil.rmtree(target, ignore_errors=True)
     target.mkdir(parents=True)
-    tensors, rows = dict(ranker.dense), 0
-    for side in SIDES:
-        tables = ranker.tables[side]
-        rows += sum(tables.layout.rows)
-        floats = [(name, decode_rows(part, "fp32")) for name, part in tables.parts()]
-        tensors[f"tables.{side}"] = Tables.encode(floats, precision).block
-    save_file(tensors, target / "ranker.safetensors")
+    with safe_open(source / "ranker.safetensors", framework="pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys() if "_ebc." not in name}  # noqa: SIM118
+        for side in SIDES:
+            floats, _ = exported_tables(file, side, getattr(sizes, f"{side}_names"))
+            tensors[f"tables.{side}"] = Tables.encode(floats, precision).block
+        save_file(tensors, target / "ranker.safetensors")
     (target / "ranker.json").write_text(json.dumps({**description, "tables": precision}))
-    for name in FILES:
-        if not (target / name).exists():
-            shutil.copy2(source / name, target / name)
-    dim = ranker.config.embedding_dim
+    shutil.copy2(source / "calibration.json", target / "calibration.json")
+    rows, dim = sum(sizes.user_table_rows) + sum(sizes.video_table_rows), config.embedding_dim
     return FrozenSize(precision, rows, rows * row_bytes(dim, "fp32"), rows * row_bytes(dim, precision))

@@ -10,7 +10,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -162,17 +162,18 @@ def read_state(
                 layout = TableLayout(names, rows, config.embedding_dim, precision)
                 tables[side] = Tables(layout, file.get_tensor(f"tables.{side}"), device)
             else:
-                floats = [(name, file.get_tensor(table_name(side, name))) for name in names]
-                tables[side] = Tables.encode(floats, "fp32")
+                tables[side] = Tables.encode(*exported_tables(file, side, names))
         for name in file.keys():  # noqa: SIM118
             if not name.startswith("tables.") and "_ebc." not in name:
                 dense[name] = file.get_tensor(name)
     return dense, tables
 
 
-def table_name(side: str, feature: str) -> str:
-    """A table's name in what training exports."""
-    return f"{side}_ebc.embedding_bags.{feature}.weight"
+def exported_tables(file: Any, side: str, names: tuple[str, ...]) -> tuple[list[tuple[str, torch.Tensor]], Precision]:
+    """One side's float tables, mapped from an open file as training wrote it, and their precision."""
+    tables = [(name, file.get_tensor(f"{side}_ebc.embedding_bags.{name}.weight")) for name in names]
+    half = all(table.dtype == torch.float16 for _, table in tables)
+    return tables, "fp16" if half else "fp32"
 
 
 def _check_finite(inputs: Inputs) -> None:

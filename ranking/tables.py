@@ -1,7 +1,7 @@
 """Frozen embedding tables: every table of one side of the ranker in one block of bytes, a row a vector.
 
 N entities, W slots of all features together, D width of an embedding, R rows of all tables together. Rows are plain
-float32, or codes with their own scale and bias in float16, in the layout of FBGEMM's inference tables:
+float32 or float16, or codes with their own scale and bias in float16, in the layout of FBGEMM's inference tables:
 
     int8    scale bias | D codes of a byte            int4    scale bias | D codes of half a byte, the lower half first
 
@@ -19,7 +19,8 @@ import torch
 
 from features.entities import SparseColumns
 
-Precision = Literal["fp32", "int8", "int4"]
+Precision = Literal["fp32", "fp16", "int8", "int4"]
+FLOATS: dict[Precision, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16}
 LEVELS: dict[Precision, int] = {"int8": 255, "int4": 15}
 SCALE_BYTES = 4
 """Scale and bias of a row, float16 each."""
@@ -29,8 +30,8 @@ ENCODED_AT_ONCE = 1 << 18
 
 def row_bytes(dim: int, precision: Precision) -> int:
     """Bytes of one row; raises ValueError where a row would end in the middle of a byte or of a number."""
-    if precision == "fp32":
-        return 4 * dim
+    if precision in FLOATS:
+        return FLOATS[precision].itemsize * dim
     bits = 8 if precision == "int8" else 4
     if dim * bits % 16:
         raise ValueError(f"embedding_dim {dim} does not fit {precision} rows: choose a multiple of {16 // bits}")
@@ -39,15 +40,18 @@ def row_bytes(dim: int, precision: Precision) -> int:
 
 def encode_rows(rows_RD: torch.Tensor, precision: Precision) -> torch.Tensor:
     """(R, row_bytes) uint8. Codes spread evenly from each row's minimum to its maximum."""
-    rows_RD = rows_RD.detach().to(torch.float32).contiguous()
-    width = row_bytes(rows_RD.shape[1], precision)
-    if precision == "fp32":
-        return rows_RD.view(torch.uint8)
-    out = torch.empty(len(rows_RD), width, dtype=torch.uint8)
+    out = torch.empty(len(rows_RD), row_bytes(rows_RD.shape[1], precision), dtype=torch.uint8)
+    _encode_into(out, rows_RD, precision)
+    return out
+
+
+def _encode_into(out_RB: torch.Tensor, rows_RD: torch.Tensor, precision: Precision) -> None:
     for start in range(0, len(rows_RD), ENCODED_AT_ONCE):
         part = slice(start, start + ENCODED_AT_ONCE)
-        out[part] = _encode(rows_RD[part], LEVELS[precision])
-    return out
+        if precision in FLOATS:
+            out_RB[part] = rows_RD[part].detach().to(FLOATS[precision]).contiguous().view(torch.uint8)
+        else:
+            out_RB[part] = _encode(rows_RD[part].detach().to(torch.float32), LEVELS[precision])
 
 
 def _encode(rows_RD: torch.Tensor, levels: int) -> torch.Tensor:
@@ -64,8 +68,8 @@ def _encode(rows_RD: torch.Tensor, levels: int) -> torch.Tensor:
 
 def decode_rows(rows_NB: torch.Tensor, precision: Precision) -> torch.Tensor:
     """Inverse of `encode_rows`: (N, D) float32."""
-    if precision == "fp32":
-        return rows_NB.view(torch.float32)
+    if precision in FLOATS:
+        return rows_NB.view(FLOATS[precision]).float()
     scale_bias_N2 = rows_NB[:, :SCALE_BYTES].contiguous().view(torch.float16).to(torch.float32)
     codes_ND = rows_NB[:, SCALE_BYTES:]
     if precision == "int4":
@@ -120,24 +124,23 @@ class Tables:
 
     @classmethod
     def encode(cls, tables: Sequence[tuple[str, torch.Tensor]], precision: Precision) -> Self:
-        """From float tables (rows, D), in this order."""
+        """From float tables (rows, D), in this order; they may be mapped, and are read a part at a time."""
         layout = TableLayout(
             tuple(name for name, _ in tables),
             tuple(len(table) for _, table in tables),
             tables[0][1].shape[1],
             precision,
         )
-        block = torch.cat([encode_rows(table, precision).flatten() for _, table in tables])
+        block = torch.empty(layout.n_bytes, dtype=torch.uint8)
+        encoded_RB = block.view(sum(layout.rows), -1)
+        for (_, table), part_RB in zip(tables, encoded_RB.split(layout.rows), strict=True):
+            _encode_into(part_RB, table, precision)
         return cls(layout, block, torch.device("cpu"))
 
     @property
     def block(self) -> torch.Tensor:
         """The bytes, as they are stored."""
         return self._rows_RB.flatten()
-
-    def parts(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Each table's name and encoded rows (rows, row_bytes)."""
-        yield from zip(self.layout.names, self._rows_RB.split(self.layout.rows), strict=True)
 
     def pooled(self, slots_NW: torch.Tensor, widths: tuple[int, ...]) -> torch.Tensor:
         """(N, features * D) float32, features side by side in the layout's order; -1 is an absent slot.
@@ -180,7 +183,7 @@ class _Fbgemm:
         from fbgemm_gpu.split_embedding_configs import SparseType
         from fbgemm_gpu.split_table_batched_embeddings_ops_common import EmbeddingLocation, PoolingMode
 
-        kind = {"fp32": SparseType.FP32, "int8": SparseType.INT8, "int4": SparseType.INT4}[layout.precision]
+        kind = SparseType(layout.precision)
         n, dim, width = len(layout.names), layout.dim, rows_RB.shape[1]
         starts = np.cumsum((0, *layout.rows[:-1])) * width
         self._arguments = {
@@ -194,7 +197,7 @@ class _Fbgemm:
             "max_int2_D": 0,
             "max_int4_D": dim * (layout.precision == "int4"),
             "max_int8_D": dim * (layout.precision == "int8"),
-            "max_float16_D": 0,
+            "max_float16_D": dim * (layout.precision == "fp16"),
             "max_float32_D": dim * (layout.precision == "fp32"),
             "pooling_mode": int(PoolingMode.MEAN),
             "indice_weights": None,

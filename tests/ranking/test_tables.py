@@ -43,7 +43,7 @@ def test_a_row_comes_back_to_half_a_step(precision: Precision) -> None:
     np.testing.assert_array_equal(back[-3:], rows_RD[-3:])  # rows of one value are exact
 
 
-@pytest.mark.parametrize("precision", ["fp32", "int8", "int4"])
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "int8", "int4"])
 def test_kernel_and_plain_gathers_give_the_mean_of_the_present_rows(precision: Precision) -> None:
     tables = Tables.encode(floats(), precision)
     decoded = [(name, decode_rows(encode_rows(table, precision), precision)) for name, table in floats()]
@@ -56,7 +56,7 @@ def test_kernel_and_plain_gathers_give_the_mean_of_the_present_rows(precision: P
     assert not expected[:3].any()
 
 
-@pytest.mark.parametrize(("precision", "expected"), [("fp32", 64), ("int8", 20), ("int4", 12)])
+@pytest.mark.parametrize(("precision", "expected"), [("fp32", 64), ("fp16", 32), ("int8", 20), ("int4", 12)])
 def test_bytes_of_a_row(precision: Precision, expected: int) -> None:
     assert row_bytes(DIM, precision) == expected == encode_rows(torch.randn(2, DIM), precision).shape[1]
 

@@ -39,6 +39,7 @@ from pipelines.stages import encoded
 from pipelines.trainer import TrainConfig, TrainResult, fit
 from pipelines.world import SCALES, generate
 from ranking.config import RankerSizes
+from ranking.freeze import freeze
 from ranking.infer import Ranker
 from ranking.model import RankerModel
 from ranking.train import RankerTask
@@ -223,14 +224,23 @@ def _anonymous_gib() -> float:
 
 
 def _score(folder: Path, split: Split, out: Path) -> dict[str, float]:
-    """Load the exported ranker as serving does, and score a thousand candidates of the validation day."""
-    dataset, before, start = Dataset.load(folder), _anonymous_gib(), time.perf_counter()
-    ranker = Ranker.load(out)
+    """Freeze the exported ranker as publishing does, load it as serving does, and score a thousand candidates of the
+    validation day."""
+    dataset, frozen, start = Dataset.load(folder), out / "frozen", time.perf_counter()
+    made = freeze(out, frozen, "int8")
+    frozen_s, before, start = time.perf_counter() - start, _anonymous_gib(), time.perf_counter()
+    ranker = Ranker.load(frozen)
     loaded_s = time.perf_counter() - start
     scores = ranker.score(dataset.inputs(dataset.rows_on(split.validation)[:1000], with_slot=False))
     if not np.isfinite(scores.probability_NT).all():
         raise RuntimeError("the exported ranker gives scores that are not finite")
-    return {"load_s": loaded_s, "own_memory_gib": _anonymous_gib() - before, "candidates": len(scores.watch_ms_N)}
+    return {
+        "freeze_s": frozen_s,
+        "frozen_gb": made.bytes_after / 1e9,
+        "load_s": loaded_s,
+        "own_memory_gib": _anonymous_gib() - before,
+        "candidates": len(scores.watch_ms_N),
+    }
 
 
 def _sizes(spec: Any) -> RankerSizes:

@@ -14,6 +14,8 @@ from contextlib import contextmanager
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
 """mallopt's numbers, from malloc.h."""
 _KEEP_BYTES = 2**31 - 1
+_LARGEST_KEPT_BYTES = 256 * 2**20
+"""Larger blocks, such as a copy of a table while a checkpoint is written, still go back at once."""
 _DEFAULT_BYTES = 128 * 1024
 
 
@@ -26,7 +28,7 @@ def freed_memory_kept() -> Iterator[None]:
     except (OSError, AttributeError):
         yield
         return
-    mallopt(_MMAP_THRESHOLD, _KEEP_BYTES)
+    mallopt(_MMAP_THRESHOLD, _LARGEST_KEPT_BYTES)
     mallopt(_TRIM_THRESHOLD, _KEEP_BYTES)
     try:
         yield

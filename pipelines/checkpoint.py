@@ -18,6 +18,8 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.distributed._shard.sharded_tensor.api import ShardedTensor
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
@@ -79,7 +81,9 @@ class Checkpoints:
             shutil.rmtree(beside, ignore_errors=True)
             beside.mkdir(parents=True)
         dist.barrier()
-        save(dict(tensors), checkpoint_id=beside)
+        # The writer keeps a copy of every shard until its file is complete: large ones get a file each.
+        one_file = sum(_held_bytes(tensor) for tensor in tensors.values()) < ONE_FILE_BYTES
+        save(dict(tensors), storage_writer=FileSystemWriter(beside, single_file_per_rank=one_file))
         if first:
             (beside / "cursor.json").write_text(cursor.to_json())
             shutil.rmtree(self.folder / name, ignore_errors=True)
@@ -109,6 +113,17 @@ class Checkpoints:
         for folder in [*self.folder.glob("step-*"), *self.folder.glob(".step-*")]:
             if folder not in kept:
                 shutil.rmtree(folder, ignore_errors=True)
+
+
+ONE_FILE_BYTES = 2**30
+"""State of a worker up to which its part of a checkpoint is one file."""
+
+
+def _held_bytes(tensor: torch.Tensor) -> int:
+    """Bytes that this worker holds of a tensor."""
+    if isinstance(tensor, ShardedTensor):
+        return sum(shard.tensor.nbytes for shard in tensor.local_shards())
+    return tensor.nbytes
 
 
 def read_cursor(checkpoint: Path) -> Cursor:

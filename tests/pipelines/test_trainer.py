@@ -43,6 +43,17 @@ def test_export_is_the_whole_unsharded_state(toy_task, tmp_path):
     assert all(type(t) is torch.Tensor for t in state.values())
 
 
+def test_a_checkpoint_in_many_files_holds_the_same_state(toy_task, tmp_path, monkeypatch):
+    config = replace(CONFIG, epochs=1)
+    fit(toy_task, config, out_dir=tmp_path / "one")
+    monkeypatch.setattr("pipelines.checkpoint.ONE_FILE_BYTES", 0)
+    fit(toy_task, config, out_dir=tmp_path / "many")
+    one, many = ({p.name for p in (tmp_path / side).rglob("*.distcp")} for side in ("one", "many"))
+    assert len(one) == 1 < len(many)
+    left, right = exported(tmp_path / "one"), exported(tmp_path / "many")
+    assert all(torch.equal(left[name], right[name]) for name in left)
+
+
 class InterruptedRunError(Exception):
     pass
 

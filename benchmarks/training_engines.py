@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import tempfile
 import time
 from collections.abc import Callable, Iterable
@@ -169,6 +170,7 @@ def recbole(rows: int, n_tables: int, steps: int) -> float:
     n = max(BATCH * (steps + 1), 3 * rows)
     ids, _, label = draw(n, rows, 0, n_tables)
     with tempfile.TemporaryDirectory() as folder:
+        os.chdir(folder)  # RecBole leaves logs where it stands
         (Path(folder) / "synthetic").mkdir()
         columns = {"user_id:token": ids[:, 0], "item_id:token": ids[:, 1]}
         columns |= {f"{name}:token": ids[:, i] for i, name in enumerate(NAMES[:n_tables]) if i > 1}

@@ -20,7 +20,7 @@ from ranking.frozen import FrozenRanker, Request, Shape, fold
 from ranking.infer import Engine, Ranker
 from ranking.products import DenseType
 from ranking.requests import Places, Slots, read_slots, to_tensors
-from ranking.tables import Tables
+from ranking.tables import ExportedTables, Tables
 
 Replay = Callable[[], torch.Tensor]
 Capture = Callable[[Callable[[], torch.Tensor]], Replay]
@@ -43,7 +43,7 @@ class DeviceScorer:
         self._net, self._device, self._capture = FrozenRanker(Shape.of(ranker.config, ranker.sizes)), device, capture
         weights = fold(ranker.dense, ranker.config, ranker.sizes, dense)
         self._weights = {name: weight.to(device) for name, weight in weights.items()}
-        self._tables = {side: Tables(t.layout, t.block, device) for side, t in ranker.tables.items()}
+        self._tables = {side: _moved(tables, device) for side, tables in ranker.tables.items()}
         self._captured: dict[tuple[int, ...], _Captured] = {}
         self._lock = threading.Lock()
 
@@ -84,6 +84,12 @@ class DeviceScorer:
         }
         fields = {name: tensor for name, tensor in given.items() if not name.endswith("_slots")}
         return self._net(self._weights, tuple(Request(**fields, **looked_up)))
+
+
+def _moved(tables: Tables | ExportedTables, device: torch.device) -> Tables:
+    if isinstance(tables, ExportedTables):
+        raise TypeError("an accelerator scores a frozen ranker, not what training exported: freeze it first")
+    return Tables(tables.layout, tables.block, device)
 
 
 def capture_of(device: torch.device) -> Capture:

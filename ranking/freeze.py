@@ -44,7 +44,7 @@ def freeze(source: Path, target: Path, precision: Precision) -> FrozenSize:
     with safe_open(source / "ranker.safetensors", framework="pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys() if "_ebc." not in name}  # noqa: SIM118
         for side in SIDES:
-            floats, _ = exported_tables(file, side, getattr(sizes, f"{side}_names"))
+            floats = exported_tables(file, side, getattr(sizes, f"{side}_names"))
             tensors[f"tables.{side}"] = Tables.encode(floats, precision).block
         save_file(tensors, target / "ranker.safetensors")
     (target / "ranker.json").write_text(json.dumps({**description, "tables": precision}))

@@ -21,7 +21,7 @@ from ranking.calibrate import Calibration
 from ranking.config import RankerConfig, RankerSizes, config_from
 from ranking.frozen import FrozenRanker, Request, Shape, fold
 from ranking.requests import Places, random_requests, to_request, together
-from ranking.tables import Precision, TableLayout, Tables
+from ranking.tables import ExportedTables, Precision, TableLayout, Tables
 from ranking.value import Scores
 from ranking.watch import WatchQuantiles
 
@@ -50,7 +50,7 @@ class Ranker:
         config: RankerConfig,
         sizes: RankerSizes,
         dense: State,
-        tables: Mapping[str, Tables],
+        tables: Mapping[str, Tables | ExportedTables],
         watch: WatchQuantiles,
         calibration: Calibration,
     ) -> None:
@@ -151,7 +151,7 @@ class Ranker:
 
 def read_state(
     folder: Path, config: RankerConfig, sizes: RankerSizes, precision: Precision
-) -> tuple[State, dict[str, Tables]]:
+) -> tuple[State, dict[str, Tables | ExportedTables]]:
     """(dense parameters, tables by side) of a folder; raises ValueError for a file of other tables than it says."""
     dense, tables = {}, {}
     device = torch.device("cpu")
@@ -162,18 +162,16 @@ def read_state(
                 layout = TableLayout(names, rows, config.embedding_dim, precision)
                 tables[side] = Tables(layout, file.get_tensor(f"tables.{side}"), device)
             else:
-                tables[side] = Tables.encode(*exported_tables(file, side, names))
+                tables[side] = ExportedTables(exported_tables(file, side, names))
         for name in file.keys():  # noqa: SIM118
             if not name.startswith("tables.") and "_ebc." not in name:
                 dense[name] = file.get_tensor(name)
     return dense, tables
 
 
-def exported_tables(file: Any, side: str, names: tuple[str, ...]) -> tuple[list[tuple[str, torch.Tensor]], Precision]:
-    """One side's float tables, mapped from an open file as training wrote it, and their precision."""
-    tables = [(name, file.get_tensor(f"{side}_ebc.embedding_bags.{name}.weight")) for name in names]
-    half = all(table.dtype == torch.float16 for _, table in tables)
-    return tables, "fp16" if half else "fp32"
+def exported_tables(file: Any, side: str, names: tuple[str, ...]) -> list[tuple[str, torch.Tensor]]:
+    """One side's float tables, mapped from an open file as training wrote it."""
+    return [(name, file.get_tensor(f"{side}_ebc.embedding_bags.{name}.weight")) for name in names]
 
 
 def _check_finite(inputs: Inputs) -> None:

@@ -17,7 +17,7 @@ from features.inputs import Inputs
 from features.schema import SIGNALS
 from ranking.config import RankerSizes
 from ranking.frozen import Request
-from ranking.tables import TableLayout, Tables
+from ranking.tables import ExportedTables, TableLayout, Tables
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +94,9 @@ def to_tensors(inputs: Inputs, places: Places) -> dict[str, torch.Tensor]:
     }
 
 
-def to_request(inputs: Inputs, places: Places, user: Tables, video: Tables) -> Request:
+def to_request(
+    inputs: Inputs, places: Places, user: Tables | ExportedTables, video: Tables | ExportedTables
+) -> Request:
     """Look the tables up and lay the candidates out."""
     of_user, of_video = read_slots(inputs, "user", user.layout), read_slots(inputs, "video", video.layout)
     return Request(

@@ -117,30 +117,19 @@ class Tables:
                 f"tables {', '.join(layout.names)} should be {layout.n_bytes:,} bytes of {layout.precision} rows, "
                 f"found {block.numel():,} of {block.dtype}: freeze the ranker again"
             )
-        self.layout = layout
-        self._rows_RB = block.to(device).view(sum(layout.rows), -1)
-        self._first_rows: dict[tuple[int, ...], torch.Tensor] = {}
-        self._kernel = _Fbgemm(layout, self._rows_RB) if device.type == "cpu" and _has_fbgemm() else None
+        self.layout, self.block = layout, block.to(device)
+        self._parts = self.block.view(sum(layout.rows), -1).split(layout.rows)
+        self._kernel = _Fbgemm(layout, self.block) if device.type == "cpu" and _has_fbgemm() else None
 
     @classmethod
     def encode(cls, tables: Sequence[tuple[str, torch.Tensor]], precision: Precision) -> Self:
         """From float tables (rows, D), in this order; they may be mapped, and are read a part at a time."""
-        layout = TableLayout(
-            tuple(name for name, _ in tables),
-            tuple(len(table) for _, table in tables),
-            tables[0][1].shape[1],
-            precision,
-        )
+        layout = _layout_of(tables, precision)
         block = torch.empty(layout.n_bytes, dtype=torch.uint8)
         encoded_RB = block.view(sum(layout.rows), -1)
         for (_, table), part_RB in zip(tables, encoded_RB.split(layout.rows), strict=True):
             _encode_into(part_RB, table, precision)
         return cls(layout, block, torch.device("cpu"))
-
-    @property
-    def block(self) -> torch.Tensor:
-        """The bytes, as they are stored."""
-        return self._rows_RB.flatten()
 
     def pooled(self, slots_NW: torch.Tensor, widths: tuple[int, ...]) -> torch.Tensor:
         """(N, features * D) float32, features side by side in the layout's order; -1 is an absent slot.
@@ -153,19 +142,40 @@ class Tables:
 
     def pooled_plainly(self, slots_NW: torch.Tensor, widths: tuple[int, ...]) -> torch.Tensor:
         """The same by gathers of torch alone: on any device, and inside a captured graph."""
-        if widths not in self._first_rows:  # kept on the device: a captured graph may not copy from the host
-            first_W = np.repeat(np.cumsum((0, *self.layout.rows[:-1])), widths)
-            self._first_rows[widths] = torch.from_numpy(first_W).to(slots_NW.device)
+        return torch.cat(list(_means(self._parts, slots_NW.split(widths, 1), self.layout.precision)), dim=1)
+
+
+class ExportedTables:
+    """Tables as training exports them, each where its file is mapped: nothing is copied, whatever their size."""
+
+    def __init__(self, tables: Sequence[tuple[str, torch.Tensor]]) -> None:
+        half = all(table.dtype == torch.float16 for _, table in tables)
+        self.layout = _layout_of(tables, "fp16" if half else "fp32")
+        kind = FLOATS[self.layout.precision]
+        self._parts = [table.to(kind).view(torch.uint8) for _, table in tables]
+
+    def pooled(self, slots_NW: torch.Tensor, widths: tuple[int, ...]) -> torch.Tensor:
+        """As of `Tables`."""
+        return torch.cat(list(_means(self._parts, slots_NW.split(widths, 1), self.layout.precision)), dim=1)
+
+
+def _layout_of(tables: Sequence[tuple[str, torch.Tensor]], precision: Precision) -> TableLayout:
+    names, rows = tuple(name for name, _ in tables), tuple(len(table) for _, table in tables)
+    return TableLayout(names, rows, tables[0][1].shape[1], precision)
+
+
+def _means(
+    parts: Sequence[torch.Tensor], slots: Sequence[torch.Tensor], precision: Precision
+) -> Iterator[torch.Tensor]:
+    """(N, D) a feature: the mean of its present rows, zeros without any."""
+    for part_RB, slots_NW in zip(parts, slots, strict=True):
         there_NW = slots_NW >= 0
-        rows_NW = slots_NW.clamp(min=0) + self._first_rows[widths]
-        vectors = decode_rows(self._rows_RB.index_select(0, rows_NW.flatten()), self.layout.precision)
-        vectors_NWD = vectors.view(*slots_NW.shape, -1) * there_NW.unsqueeze(2)
-        return torch.cat(list(_means(vectors_NWD, there_NW, widths)), dim=1)
-
-
-def _means(vectors_NWD: torch.Tensor, there_NW: torch.Tensor, widths: tuple[int, ...]) -> Iterator[torch.Tensor]:
-    for vectors, there in zip(vectors_NWD.split(widths, 1), there_NW.split(widths, 1), strict=True):
-        yield vectors.squeeze(1) if vectors.shape[1] == 1 else vectors.sum(1) / there.sum(1, keepdim=True).clamp(min=1)
+        rows_NB = part_RB.index_select(0, slots_NW.clamp(min=0).flatten())
+        vectors_NWD = decode_rows(rows_NB, precision).view(*slots_NW.shape, -1) * there_NW.unsqueeze(2)
+        if slots_NW.shape[1] == 1:
+            yield vectors_NWD.squeeze(1)
+        else:
+            yield vectors_NWD.sum(1) / there_NW.sum(1, keepdim=True).clamp(min=1)
 
 
 def _has_fbgemm() -> bool:
@@ -179,15 +189,15 @@ def _has_fbgemm() -> bool:
 class _Fbgemm:
     """FBGEMM's inference kernel over a block, which it reads in place."""
 
-    def __init__(self, layout: TableLayout, rows_RB: torch.Tensor) -> None:
+    def __init__(self, layout: TableLayout, block: torch.Tensor) -> None:
         from fbgemm_gpu.split_embedding_configs import SparseType
         from fbgemm_gpu.split_table_batched_embeddings_ops_common import EmbeddingLocation, PoolingMode
 
         kind = SparseType(layout.precision)
-        n, dim, width = len(layout.names), layout.dim, rows_RB.shape[1]
+        n, dim, width = len(layout.names), layout.dim, row_bytes(layout.dim, layout.precision)
         starts = np.cumsum((0, *layout.rows[:-1])) * width
         self._arguments = {
-            "dev_weights": rows_RB.flatten(),
+            "dev_weights": block,
             "uvm_weights": torch.empty(0, dtype=torch.uint8),
             "weights_placements": torch.full((n,), EmbeddingLocation.HOST, dtype=torch.int32),
             "weights_offsets": torch.from_numpy(starts.astype(np.int64)),

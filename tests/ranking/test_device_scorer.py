@@ -47,8 +47,9 @@ def test_requests_of_every_size_answer_as_the_plain_scorer(precision: str, tmp_p
 
 
 def test_an_accelerator_takes_over_once_it_agrees(tmp_path: Path) -> None:
-    exported(tmp_path)
-    ranker = Ranker.load(tmp_path)
+    exported(tmp_path / "trained")
+    freeze(tmp_path / "trained", tmp_path / "frozen", "int8")
+    ranker = Ranker.load(tmp_path / "frozen")
     ranker.accelerate(device_engine(ranker, torch.device("cpu"), "bf16", lambda compute: compute))
     assert ranker.engine == "cpu bf16"
     assert tuple(sorted(SIZES)) == SIZES

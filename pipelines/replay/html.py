@@ -86,8 +86,8 @@ def _histogram(policy: Mapping[str, Any]) -> dict[str, Any]:
             "x": round(i * step, 1),
             "rows": round(height * share[i] / top, 1),
             "mass": round(height * found["mass"][i] / top, 1),
-            "label": f"{w:g} to {2 * w:g}: {share[i]:.1%} of rows, {found['mass'][i]:.1%} of the weight",
-            "tick": f"{w:g}" if i % 2 == 0 else "",
+            "label": f"{w:.3g} to {2 * w:.3g}: {share[i]:.1%} of rows, {found['mass'][i]:.1%} of the weight",
+            "tick": f"{w:.3g}" if i % 2 == 0 else "",
         }
         for i, w in enumerate(found["weight"])
     ]

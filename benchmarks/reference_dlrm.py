@@ -1,4 +1,4 @@
-"""The DLRM that scorers are compared on: 26 tables of a million rows x 64, bottom 512-256-64, dots, top 512-256-1.
+"""The DLRM that scorers are compared on: the tables and bottom of `benchmarks.dlrm`, a top of 512-256-1.
 
 N candidates, T tables, D width. TorchRec's own module, its quantised form, and ours: coded tables, and the dense part
 compiled as that of the production scorer is. All have the same weights, and every feature differs by candidate.
@@ -16,19 +16,16 @@ from torch.ao.quantization import PlaceholderObserver
 from torch.nn.functional import relu
 from torchrec.inference.modules import QuantConfig
 from torchrec.models.dlrm import DLRM, SparseArch
-from torchrec.modules.embedding_configs import EmbeddingBagConfig
-from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from torchrec.quant.embedding_modules import EmbeddingBagCollection as QuantisedCollection
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
+from benchmarks.dlrm import BOTTOM, DIM, NAMES, NUMBERS, TABLES, tables
 from ranking.compiled import compile_module
 from ranking.native import NativeCode
 from ranking.products import DenseType, Weights, keep, product
 from ranking.tables import Tables
 
-TABLES, DIM, DENSE = 26, 64, 13
-BOTTOM, TOP = (512, 256, 64), (512, 256, 1)
-NAMES = tuple(f"t{n}" for n in range(TABLES))
+TOP = (512, 256, 1)
 Score = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """Dense features (N, 13) and rows (N, 26) to logits (N, 1)."""
 
@@ -36,17 +33,14 @@ Score = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 def flops_per_candidate() -> int:
     """Multiplications and additions of the dense part, the dots counted once a pair."""
     pairs = (TABLES + 1) * TABLES // 2
-    widths = [(DENSE, *BOTTOM), (BOTTOM[-1] + pairs, *TOP)]
+    widths = [(NUMBERS, *BOTTOM), (BOTTOM[-1] + pairs, *TOP)]
     return 2 * (sum(a * b for layers in widths for a, b in pairwise(layers)) + pairs * DIM)
 
 
 def torchrec_model(rows: int, seed: int = 0) -> DLRM:
     """TorchRec's module in float32."""
     torch.manual_seed(seed)
-    tables = [
-        EmbeddingBagConfig(name=name, embedding_dim=DIM, num_embeddings=rows, feature_names=[name]) for name in NAMES
-    ]
-    return DLRM(EmbeddingBagCollection(tables=tables), DENSE, list(BOTTOM), list(TOP)).eval()
+    return DLRM(tables(rows), NUMBERS, list(BOTTOM), list(TOP)).eval()
 
 
 def eager(model: DLRM) -> Score:
@@ -89,15 +83,15 @@ class DotInteraction(nn.Module):
 
 def ours(model: DLRM, dense: DenseType, folder: Path) -> Score:
     """Int8 tables, and compiled code in that precision."""
-    tables, weights = coded_tables(model), dense_weights(model, dense)
-    example = (torch.randn(8, DENSE), torch.randn(8, TABLES * DIM))
+    coded, weights = coded_tables(model), dense_weights(model, dense)
+    example = (torch.randn(8, NUMBERS), torch.randn(8, TABLES * DIM))
     n = torch.export.Dim("N", min=1, max=1 << 16)
     path = folder / f"dlrm-{dense}.so"
     compile_module(DotInteraction(), (weights, *example), ({name: {} for name in weights}, {0: n}, {0: n}), path)
     code, leaves = NativeCode(path, 1), list(weights.values())
 
     def score(dense_NC: torch.Tensor, rows_NT: torch.Tensor) -> torch.Tensor:
-        return code([*leaves, dense_NC, tables.pooled(rows_NT, (1,) * TABLES)])
+        return code([*leaves, dense_NC, coded.pooled(rows_NT, (1,) * TABLES)])
 
     return score
 

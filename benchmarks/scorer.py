@@ -92,7 +92,7 @@ def reference(rows: int, rounds: int, calls: int, folder: Path, candidates: int 
     tables, rng = dlrm.coded_tables(model), torch.Generator().manual_seed(1)
     asked = [
         (
-            torch.randn(candidates, dlrm.DENSE, generator=rng),
+            torch.randn(candidates, dlrm.NUMBERS, generator=rng),
             torch.randint(rows, (candidates, dlrm.TABLES), generator=rng),
         )
         for _ in range(calls)
@@ -106,9 +106,23 @@ def reference(rows: int, rounds: int, calls: int, folder: Path, candidates: int 
         "rows": rows,
         "engines": [{**row, "largest_difference": off[row["name"]]} for row in timed],
         "our_lookups_ms": lookup[0]["p50_ms"],
+        "product_gflops": product_rates(rounds, calls),
         "flops_per_candidate": dlrm.flops_per_candidate(),
         "lookups_limit_ms": 1000 * candidates * dlrm.TABLES / LOOKUPS_PER_S,
     }
+
+
+def product_rates(rounds: int, calls: int, n: int = 500, k: int = 416, m: int = 512) -> dict[str, float]:
+    """What this processor's kernels do in a second, by precision: the limit of the dense part."""
+    x, weight = torch.randn(n, k), torch.randn(m, k)
+    half, half_weight = x.bfloat16(), weight.bfloat16()
+    codes, codes_weight = (t.mul(40).clamp(-127, 127).to(torch.int8) for t in (x, weight))
+    ways = {
+        "fp32": lambda _: torch.nn.functional.linear(x, weight),
+        "bf16": lambda _: torch.nn.functional.linear(half, half_weight),
+        "int8": lambda _: torch.ops.aten._int_mm(codes, codes_weight.t()),
+    }
+    return {row["name"]: 2e-6 * n * k * m / row["p50_ms"] for row in in_turns(ways, rounds, calls)}
 
 
 def ranker_figures(
@@ -234,7 +248,8 @@ def show(figures: dict[str, Any], console: Console) -> None:
     console.print(table)
     console.print(
         f"our lookups {found['our_lookups_ms']:.2f} ms (limit {found['lookups_limit_ms']:.2f}), dense part "
-        f"{found['flops_per_candidate'] * found['candidates'] / 1e9:.2f} GFLOP"
+        f"{found['flops_per_candidate'] * found['candidates'] / 1e9:.2f} GFLOP; products alone: "
+        + ", ".join(f"{name} {rate:,.0f} GFLOPS" for name, rate in found["product_gflops"].items())
     )
     ranker = figures["ranker"]
     table = Table("our ranker", "candidates", "p50 ms", "p99 ms", "times faster")

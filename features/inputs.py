@@ -112,14 +112,14 @@ def assemble(
     n_history, n_candidates = history.video_row_BL.size, len(candidate_rows_N)
     age_NA = age_features(np.asarray(now_ms_B)[owner_N], candidate_upload_ts_ms_N)
     owner_N = np.asarray(owner_N, dtype=np.int64)
-    video_sparse_UW = np.asarray(videos.sparse[distinct_U])
+    video_sparse_UW, video_dense_UD = np.asarray(videos.sparse[distinct_U]), np.asarray(videos.dense[distinct_U])
     history_BL = position[1 : 1 + n_history].reshape(history.video_row_BL.shape)
     candidate_N = position[1 + n_history : 1 + n_history + n_candidates]
     pair_NC = np.zeros((n_candidates, PAIR_WIDTH), np.float32)
     if past is not None and n_candidates:
         signals_BPS, rows_BP = unpack_signals(past.signals_BL), past.video_row_BL
         about = (signals_BPS, past.length_B)
-        sparse_NW, dense_ND = video_sparse_UW[candidate_N], np.asarray(videos.dense[candidate_rows_N])
+        sparse_NW, dense_ND = video_sparse_UW[candidate_N], video_dense_UD[candidate_N]
         pair_NC = np.concatenate(
             [
                 pair_features(_gather(videos.sparse, rows_BP), *about, sparse_NW, owner_N, videos.columns),
@@ -136,7 +136,7 @@ def assemble(
         now_ms_B=np.asarray(now_ms_B, dtype=np.int64),
         video_row_U=distinct_U,
         video_sparse_UW=video_sparse_UW,
-        video_dense_UD=np.asarray(videos.dense[distinct_U]),
+        video_dense_UD=video_dense_UD,
         video_columns=videos.columns,
         history_BL=history_BL,
         history_signals_BLS=unpack_signals(history.signals_BL),

@@ -32,11 +32,9 @@ from ranking.config import config_fields
 from ranking.frozen import FrozenRanker, Request, Shape, fold
 from ranking.infer import Engine, Ranker
 from ranking.native import NativeCode
-from ranking.products import DenseType, Weights
+from ranking.products import TOLERANCE, DenseType, Weights
 from ranking.requests import Places
 
-TOLERANCE: dict[DenseType, float] = {"fp32": 1e-4, "bf16": 0.05, "int8": 0.1}
-"""How far a logit may be off, as a share of 1 + its size."""
 MOST = 1 << 20
 """Requests, candidates of each, videos, events of a history."""
 AT_ONCE = max(2, os.cpu_count() or 1)
@@ -87,9 +85,9 @@ def load_engine(ranker: Ranker, dense: DenseType, cache: Path) -> Engine | None:
 
 
 def compile_apart(folder: Path, dense: DenseType, cache: Path) -> None:
-    """Compile in a process of its own, at low priority: a server's threads go on. Raises CompilerError."""
+    """Compile in a process of its own, which lowers its priority: a server's threads go on. Raises CompilerError."""
     command = [sys.executable, "-m", "ranking.compiled", str(folder), "--dense", dense, "--cache", str(cache)]
-    done = subprocess.run(command, capture_output=True, text=True, preexec_fn=lambda: os.nice(10), check=False)  # noqa: S603
+    done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
         raise CompilerError(f"compiling the scorer ended with {done.returncode}: {last}")
@@ -146,6 +144,7 @@ def main() -> None:
     parser.add_argument("--dense", choices=TOLERANCE, default=best_dense_type(), help="precision of large products")
     parser.add_argument("--cache", type=Path, default=default_cache(), help="default: %(default)s")
     options = parser.parse_args()
+    os.nice(10)  # whatever serves on this machine comes first
     ranker, start = Ranker.load(options.folder), time.perf_counter()
     path = package_path(ranker, options.dense, options.cache)
     if not path.exists():

@@ -18,7 +18,7 @@ import torch
 from features.inputs import Inputs
 from ranking.frozen import FrozenRanker, Request, Shape, fold
 from ranking.infer import Engine, Ranker
-from ranking.products import DenseType
+from ranking.products import TOLERANCE, DenseType
 from ranking.requests import Places, Slots, read_slots, to_tensors
 from ranking.tables import ExportedTables, Tables
 
@@ -88,7 +88,7 @@ class DeviceScorer:
 
 def _moved(tables: Tables | ExportedTables, device: torch.device) -> Tables:
     if isinstance(tables, ExportedTables):
-        raise TypeError("an accelerator scores a frozen ranker, not what training exported: freeze it first")
+        raise ValueError("an accelerator scores a frozen ranker, not what training exported: freeze it first")
     return Tables(tables.layout, tables.block, device)
 
 
@@ -102,7 +102,7 @@ def capture_of(device: torch.device) -> Capture:
 
 def device_engine(ranker: Ranker, device: torch.device, dense: DenseType, capture: Capture) -> Engine:
     """For `Ranker.accelerate`, which compares it with plain float32 on the CPU first."""
-    return Engine(f"{device} {dense}", DeviceScorer(ranker, device, dense, capture).logits, tolerance=0.05)
+    return Engine(f"{device} {dense}", DeviceScorer(ranker, device, dense, capture).logits, TOLERANCE[dense])
 
 
 def _copy_in(fixed: torch.Tensor, tensor: torch.Tensor) -> None:

@@ -27,8 +27,8 @@ from ranking.watch import WatchQuantiles
 
 FILES = ("ranker.safetensors", "ranker.json", "calibration.json")
 SIDES = ("user", "video")
-PROBED = (300, 1, 20)
-"""Candidates of the requests on which another engine must agree."""
+PROBED = ((300,), (1,), (1500,), (300, 1, 20))
+"""Candidates of the requests on which another engine must agree: alone, as a server asks, and several together."""
 State = Mapping[str, torch.Tensor]
 
 
@@ -92,14 +92,15 @@ class Ranker:
         """Let another engine compute, once it has answered random requests as plain float32 does.
 
         Raises ArithmeticError, and goes on as before, when a logit differs by more than the engine's tolerance."""
-        asked = self.probe(PROBED)
-        expected, found = (self._raw(asked, by) for by in (self.plain, engine))
-        off = np.abs(found - expected) / (1 + np.abs(expected))
-        if not off.size or not (off <= engine.tolerance).all():  # a NaN is not within it
-            raise ArithmeticError(
-                f"the {engine.name} scorer differs from the plain one by up to {np.max(off, initial=0.0):.2g} of a "
-                f"logit over {off.size} logits, more than {engine.tolerance:g}: the plain one goes on"
-            )
+        for candidates in PROBED:
+            asked = self.probe(candidates)
+            expected, found = (self._raw(asked, by) for by in (self.plain, engine))
+            off = np.abs(found - expected) / (1 + np.abs(expected))
+            if not (off <= engine.tolerance).all():  # a NaN is not within it
+                raise ArithmeticError(
+                    f"the {engine.name} scorer differs from the plain one by up to {off.max():.2g} of 1 + a logit for "
+                    f"requests of {candidates} candidates, more than {engine.tolerance:g}: the plain one goes on"
+                )
         self._engine = engine
 
     def score(self, inputs: Inputs) -> Scores:

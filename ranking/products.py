@@ -13,6 +13,8 @@ from torch.nn.functional import linear, pad
 
 DenseType = Literal["fp32", "bf16", "int8"]
 Weights = dict[str, torch.Tensor]
+TOLERANCE: dict[DenseType, float] = {"fp32": 1e-4, "bf16": 0.05, "int8": 0.1}
+"""How far a logit may be off, as a share of 1 + its size."""
 WIDE = 1 << 14
 """Numbers in a weight from which on int8 pays."""
 SMALLEST = 1e-20

@@ -207,11 +207,9 @@ class Feed:
             allowed, stage.removed = rules.allowed()
             stage.received = len(self.bundle.videos)
             stage.kept = stage.received - sum(stage.removed.values())
-        if trace.level >= Level.POPULAR:
-            pass
-        elif not trace.affords("retrieve", "arrange", "respond"):
+        if trace.level < Level.POPULAR and not trace.affords("retrieve", "arrange", "respond"):
             trace.degrade(Level.POPULAR, "no time left to retrieve")
-        else:
+        if trace.level < Level.POPULAR:
             try:
                 with trace.stage("retrieve") as stage:
                     return retrieve_pool(self.bundle, query, rules, allowed, k, stage)

@@ -48,7 +48,7 @@ def accelerate(
         if engine is not None:
             _use(ranker, engine)
             return None
-    except (ArithmeticError, OSError, RuntimeError) as error:
+    except (ArithmeticError, OSError, RuntimeError, ValueError) as error:
         _log.warning("the %s scorer is not used: %s", dense, error)
         return None
     compiling = threading.Thread(

@@ -198,6 +198,9 @@ def test_an_engine_that_answers_differently_is_not_used(tmp_path: Path) -> None:
         broken = Engine("broken", lambda inputs, places, by=wrong: ranker.plain.run(inputs, places) + by, 1e-3)
         with pytest.raises(ArithmeticError, match="the broken scorer differs from the plain one"):
             ranker.accelerate(broken)
+    alone = Engine("alone", lambda inputs, places: ranker.plain.run(inputs, places) + (places.shape[0] == 1), 1e-3)
+    with pytest.raises(ArithmeticError, match=r"for requests of \(300,\) candidates"):  # as a server asks
+        ranker.accelerate(alone)
     assert ranker.engine == "plain fp32"
     np.testing.assert_array_equal(of_ranker(ranker, inputs), before)
 

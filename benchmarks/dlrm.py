@@ -130,7 +130,7 @@ class DlrmTask:
         """A few: the loop wants some."""
         return np.arange(self.samples, self.samples + 256)
 
-    def collate(self, units: np.ndarray, *, seed: int) -> Collated:
+    def collate(self, units: np.ndarray, *, seed: int, seed_of_all: int) -> Collated:
         """One request a sample, no videos."""
         ids_BF, numbers_BN, label_B = draw(len(units), self.rows, seed, self.n_tables)
         n, columns = (

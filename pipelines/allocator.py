@@ -1,8 +1,8 @@
 """glibc told to keep freed memory while a model trains.
 
 By default malloc hands each large block back to the kernel when it is freed, and a training step frees and asks for the
-same few blocks of 10 to 50 MB again and again: every page of them is then zeroed and mapped anew. Keeping them takes a
-quarter off a step of the ranker on one thread, a third on two; resident memory stays at a step's peak.
+same few blocks of 10 to 50 MB again and again: every page of them is then zeroed and mapped anew. Kept, they are not;
+resident memory stays at a step's peak.
 """
 
 from __future__ import annotations

@@ -385,7 +385,7 @@ class _Run:
 
     def _average_dense_gradients(self) -> None:
         """In one piece: the dense part is small beside what the tables exchange, so there is little to overlap, and
-        DistributedDataParallel's hooks and copies would cost a step of the ranker 5%, even alone."""
+        DistributedDataParallel's hooks and copies would cost a step time even of one worker."""
         if self.world == 1:
             return
         gradients = [parameter.grad for parameter in self.dense.values() if parameter.grad is not None]

@@ -11,7 +11,7 @@ import json
 from pathlib import Path
 
 import numpy as np
-from safetensors.numpy import load_file
+from safetensors import safe_open
 
 from features.dataset import Dataset
 
@@ -22,9 +22,10 @@ MIN_IMPRESSIONS = 1000
 def slot_effect(ranker_dir: Path, dataset: Dataset, train_rows: np.ndarray) -> list[dict]:
     """A row a slot that was trained on: impressions, and each task's logit less that of the first such slot; empty
     for a log without slots."""
-    weights = load_file(ranker_dir / "ranker.safetensors")
+    with safe_open(ranker_dir / "ranker.safetensors", framework="np") as file:  # of which tables are nearly all
+        slot_SH, out_TH = file.get_tensor("side.slot.weight"), file.get_tensor("side.out.weight")
     tasks = json.loads((ranker_dir / "ranker.json").read_text())["sizes"]["tasks"]
-    effect_ST = weights["side.slot.weight"] @ weights["side.out.weight"].T
+    effect_ST = slot_SH @ out_TH.T
     shown_S = np.bincount(np.asarray(dataset.examples.slot)[train_rows], minlength=len(effect_ST))
     # Row 0 is an unknown slot; the last is shared by all slots beyond the spec's.
     slots = [row for row in range(1, len(effect_ST) - 1) if shown_S[row] >= MIN_IMPRESSIONS]

@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import numpy as np
 
+from candidate_gen.timeline import HOUR_MS
 from ranking.arrange import NO_TOPIC, UNKNOWN_AUTHOR
 from serving.bundle import FeedBundle
 from serving.hydrate import Query
 from serving.session import topics
-
-_HOUR_MS = 3_600_000
 
 
 def lost_to_dislikes(bundle: FeedBundle, query: Query, rows_K: np.ndarray, value_K: np.ndarray) -> np.ndarray | None:
@@ -24,7 +23,7 @@ def lost_to_dislikes(bundle: FeedBundle, query: Query, rows_K: np.ndarray, value
     config = bundle.config.dislikes
     if len(query.disliked_rows) == 0 or not (config.author or config.topic):
         return None
-    age_h_N = np.maximum(query.now_ms - query.disliked_ts_ms, 0) / _HOUR_MS
+    age_h_N = np.maximum(query.now_ms - query.disliked_ts_ms, 0) / HOUR_MS
     faded_N = 0.5 ** (age_h_N / config.half_life_h)
     pairs = (
         (config.author, bundle.author_id[query.disliked_rows], bundle.author_id[rows_K], UNKNOWN_AUTHOR),

@@ -94,10 +94,18 @@ class TowersTask:
     name = "towers"
 
     def __init__(
-        self, dataset: Dataset, config: TowerConfig, train_dates: tuple[str, ...], validation_dates: tuple[str, ...]
+        self,
+        dataset: Dataset,
+        config: TowerConfig,
+        train_dates: tuple[str, ...],
+        validation_dates: tuple[str, ...],
+        undated: bool = True,
     ) -> None:
+        """`undated`: also train on what precedes the log, which towers that are trained on have had."""
         self.dataset, self.config = dataset, config
-        train = Targets.undated(dataset, config) + Targets.dated(dataset, config, train_dates)
+        train = Targets.dated(dataset, config, train_dates)
+        if undated:
+            train = Targets.undated(dataset, config) + train
         if not len(train):
             raise ValueError(
                 f"no impression on {train_dates} has any of {config.positives}: nothing to train towers on"

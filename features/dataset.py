@@ -91,21 +91,22 @@ class Dataset:
         follows: pa.Table | None = None,
         author_feature: str = "author_id",
         tag_feature: str = "tags",
+        encoder: Encoder | None = None,
     ) -> Dataset:
         """Encode the canonical tables. `events` carries a `date` column (string); the encoder is fitted on, and
-        known ids are taken from, the training dates (and undated impressions) alone. Without `follows`, the events'
-        own follow signals say who follows whom."""
+        known ids are taken from, the training dates (and undated impressions) alone, unless there is an `encoder` to be
+        carried on. Without `follows`, the events' own follow signals say who follows whom."""
         dates = tuple(sorted(set(events["date"].to_pylist())))
-        in_training = pa.array(np.isin(np.array(events["date"].to_pylist()), np.array(train_dates)))
-        seen_users = [_ids(events.filter(in_training), "user_id")]
-        seen_videos = [_ids(events.filter(in_training), "video_id")]
         if undated is not None:
             undated = undated.sort_by([("user_id", "ascending"), ("position", "ascending")])
-            seen_users.append(_ids(undated, "user_id"))
-            seen_videos.append(_ids(undated, "video_id"))
-        encoder = Encoder.fit(
-            spec, users, videos, seen_users=np.concatenate(seen_users), seen_videos=np.concatenate(seen_videos)
-        )
+        if encoder is None:
+            encoder = Encoder.fit(
+                spec,
+                users,
+                videos,
+                seen_users=ids_on(events, train_dates, "user_id", undated),
+                seen_videos=ids_on(events, train_dates, "video_id", undated),
+            )
         user_rows, video_rows = encoder.users(users), encoder.videos(videos)
         followed = Follows.build(user_rows, follows, events)
         return _with_events(
@@ -200,6 +201,12 @@ class Dataset:
             undated=Examples(**{f.name: array(f"undated_{f.name}") for f in fields(Examples)}),
             dates=tuple(json.loads((folder / "dates.json").read_text())),
         )
+
+
+def ids_on(events: pa.Table, dates: tuple[str, ...], column: str, undated: pa.Table | None = None) -> np.ndarray:
+    """Ids of the events of these dates, and of the undated impressions; repeats and all."""
+    dated = events.filter(pa.array(np.isin(np.array(events["date"].to_pylist()), np.array(dates))))
+    return np.concatenate([_ids(table, column) for table in (dated, undated) if table is not None])
 
 
 def signals_of(table: pa.Table) -> np.ndarray:

@@ -39,8 +39,7 @@ class Encoder:
             ("user", spec.user, users, "user_id", seen_users),
             ("video", spec.video, videos, "video_id", seen_videos),
         ):
-            seen_ids = np.unique(np.asarray(seen, dtype=np.int64))
-            fitting = table.filter(pa.array(np.isin(_integers(table, key)[0], seen_ids)))
+            fitting = _seen(table, key, seen)
             for feature in features:
                 if isinstance(feature, Numeric):
                     stats[f"{side}.{feature.name}"] = _mean_and_deviation(_raw_number(fitting, feature))
@@ -49,6 +48,40 @@ class Encoder:
                 elif isinstance(feature, Categorical) and feature.known_only:
                     known[f"{side}.{feature.name}"] = np.unique(_integers(fitting, feature.column)[0])
         return cls(spec=spec, stats=stats, known=known)
+
+    def carried_on(
+        self,
+        users: pa.Table,
+        videos: pa.Table,
+        *,
+        seen_users: np.ndarray,
+        seen_videos: np.ndarray,
+        recent_users: np.ndarray,
+        recent_videos: np.ndarray,
+    ) -> tuple[Encoder, dict[str, np.ndarray]]:
+        """For a model that trains on with more days: what was fitted stays, the known ids move on.
+
+        `seen_*`: ids in the new training days; `recent_*`: ids that may stay known, the new ones among them. Also gives,
+        by SIDE.NAME, the embedding rows (R,) int64 that change hands: those of new ids and of forgotten ones, but for
+        rows that an id which stays has by the hash as well."""
+        known, renewed = {}, {}
+        for side, table, seen_ids, recent_ids in (
+            ("user", users, seen_users, recent_users),
+            ("video", videos, seen_videos, recent_videos),
+        ):
+            seen, recent = (_seen(table, f"{side}_id", ids) for ids in (seen_ids, recent_ids))
+            for feature in getattr(self.spec, side):
+                if not (isinstance(feature, Categorical) and feature.known_only):
+                    continue
+                name, before = f"{side}.{feature.name}", np.asarray(self.known[f"{side}.{feature.name}"])
+                here, there = (np.unique(_integers(part, feature.column)[0]) for part in (seen, recent))
+                known[name] = np.intersect1d(np.union1d(before, here), there)
+                changed, staying = np.setxor1d(before, known[name]), np.intersect1d(before, known[name])
+                rows_changed, rows_staying = (
+                    bucket(hash_int64(some, self.spec.seed), feature.rows) for some in (changed, staying)
+                )
+                renewed[name] = np.setdiff1d(rows_changed, rows_staying)
+        return Encoder(spec=self.spec, stats=self.stats, known=known), renewed
 
     def users(self, table: pa.Table) -> Entities:
         """Encode a `users` table (any order) -> Entities sorted by user_id."""
@@ -142,6 +175,11 @@ class Encoder:
         else:
             rows = _hash_text(column.cast(pa.string()).to_pylist(), feature.rows, self.spec.seed)
         return rows[:, None]
+
+
+def _seen(table: pa.Table, key: str, ids: np.ndarray) -> pa.Table:
+    """Rows of the entities with these ids (any order, repeats allowed)."""
+    return table.filter(pa.array(np.isin(_integers(table, key)[0], np.unique(np.asarray(ids, dtype=np.int64)))))
 
 
 def _require_columns(table: pa.Table, side: str, features: tuple[Feature, ...], key: str) -> None:

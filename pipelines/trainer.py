@@ -30,6 +30,7 @@ from pipelines.allocator import freed_memory_kept
 from pipelines.batches import VALIDATION, Step, ahead, derived_seed, training_steps, validation_steps
 from pipelines.checkpoint import Checkpoints, Cursor, EpochReport, read_cursor, read_unsharded
 from pipelines.sharding import TablePlan, Traffic, dense_parameters, shard
+from pipelines.warm_start import WarmStart, renew_rows
 
 
 class Task(Protocol):
@@ -152,16 +153,18 @@ def fit(
     *,
     out_dir: Path,
     resume: bool = True,
+    start: WarmStart | None = None,
     on_progress: Callable[[Progress], None] = lambda _: None,
 ) -> TrainResult:
     """Train to the best epoch and export it into `out_dir`; called by every worker. With `resume`, goes on from the
-    last checkpoint in `out_dir` if there is one. Progress: the first worker's, and every worker's at an epoch's end."""
+    last checkpoint in `out_dir` if there is one; a fresh run begins where `start` says. Progress: the first worker's, and every worker's at an epoch's end."""
     with _process_group(), freed_memory_kept():
         run = _Run(task, config, out_dir, on_progress)
-        if resume:
-            run.resume()
-        else:
+        if not resume:
             run.checkpoints.clear()
+        if start is not None and run.checkpoints.find("last") is None:
+            run.begin(start)
+        run.resume()
         while not run.cursor.finished:
             run.train_epoch()
             run.close_epoch()
@@ -206,6 +209,12 @@ class _Run:
         self.checkpoints = Checkpoints(out_dir / "checkpoints")
         self.cursor = Cursor(recipe=self._recipe(), finished=config.epochs == 0)
         self.resumed_from_step = 0
+
+    def begin(self, start: WarmStart) -> None:
+        """Take over another run's parameters, tables and optimizers."""
+        tensors = self._tensors()
+        self.checkpoints.load(start.checkpoint, tensors)
+        renew_rows(tensors, self.table_rows, start.renewed)
 
     def resume(self) -> None:
         """Go on from the last checkpoint, if there is one."""

@@ -39,15 +39,24 @@ class RankerTask:
         config: RankerConfig,
         train_dates: tuple[str, ...],
         validation_dates: tuple[str, ...],
+        earlier: Path | None = None,
     ) -> None:
+        """`earlier`: folder of an exported ranker that is trained on, with these days alone: heads, base rates and
+        watch-time quantiles stay its own."""
         self._dataset, self._config = dataset, config
         self._dated_rows = dataset.rows_on(train_dates)
         n_dated = len(dataset.examples)
-        self._undated = np.arange(n_dated, n_dated + (len(dataset.undated) if config.undated else 0))
+        with_undated = config.undated and earlier is None  # an earlier one has had them
+        self._undated = np.arange(n_dated, n_dated + (len(dataset.undated) if with_undated else 0))
         self._validation_rows = dataset.rows_on(validation_dates)
         if len(self._dated_rows) == 0:
             raise ValueError(f"no impressions on the training dates {train_dates}; the dataset has {dataset.dates}")
-        self.base_rates = _base_rates(task_labels(dataset.examples.take(self._dated_rows)))
+        before = None if earlier is None else json.loads((earlier / "ranker.json").read_text())
+        self.base_rates = (
+            _base_rates(task_labels(dataset.examples.take(self._dated_rows)))
+            if before is None
+            else {task: before["base_rates"][task] for task in TASKS if task in before["base_rates"]}
+        )
         self.tasks = tuple(task for task in TASKS if task in self.base_rates)
         self.dropped_tasks = tuple(task for task in TASKS if task not in self.base_rates)
         if not self.tasks:
@@ -57,7 +66,7 @@ class RankerTask:
         self._is_validation[self._validation_rows] = True
         self._task_columns = [TASKS.index(task) for task in self.tasks]
         self._sizes = RankerSizes.of(dataset, self.tasks, config.leave_out)
-        self._watch = self._fit_watch()
+        self._watch = self._fit_watch() if before is None else WatchQuantiles.from_json(before["watch_quantiles"])
 
     def build(self, tables_on: torch.device | None = None) -> RankerModel:
         """A fresh model; the caller seeds torch."""

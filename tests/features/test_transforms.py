@@ -111,3 +111,31 @@ def test_a_bucketed_number_falls_into_buckets_of_equal_mass_and_a_null_into_row_
     assert counts[1:].max() <= 51
     assert (np.diff(row[1:][np.argsort(by_id)][:-1]) >= 0).all(), "buckets are in order of the number"
     assert entities.columns.table_rows[-1] == 5
+
+
+def test_an_encoder_carried_on_keeps_what_was_fitted_and_lets_known_ids_come_and_go():
+    t = tables(4)
+    spec = replace(SPEC, video=(Categorical(name="video_id", column="video_id", rows=64, known_only=True),))
+    ids = np.sort(t["videos"]["video_id"].to_numpy())
+    old, forgotten, new = ids[:10], ids[:3], ids[12:16]
+    users = t["users"]["user_id"].to_numpy()
+    encoder = Encoder.fit(spec, t["users"], t["videos"], seen_users=users, seen_videos=old)
+    carried, renewed = encoder.carried_on(
+        t["users"],
+        t["videos"],
+        seen_users=users,
+        seen_videos=new,
+        recent_users=users,
+        recent_videos=np.setdiff1d(ids, forgotten),
+    )
+    assert carried.stats == encoder.stats
+    staying = np.setdiff1d(old, forgotten)
+    assert carried.known["video.video_id"].tolist() == np.union1d(staying, new).tolist()
+
+    def rows(some):
+        return set(bucket(hash_int64(some, spec.seed), 64).tolist())
+
+    assert set(renewed["video.video_id"].tolist()) == (rows(new) | rows(forgotten)) - rows(staying)
+    encoded = carried.videos(t["videos"])
+    assert encoded.sparse[encoded.rows_of(forgotten), 0].tolist() == [0, 0, 0]
+    assert set(encoded.sparse[encoded.rows_of(new), 0].tolist()) == rows(new)

@@ -61,9 +61,9 @@ class Encoder:
     ) -> tuple[Encoder, dict[str, np.ndarray]]:
         """For a model that trains on with more days: what was fitted stays, the known ids move on.
 
-        `seen_*`: ids in the new training days; `recent_*`: ids that may stay known, the new ones among them. Also gives,
-        by SIDE.NAME, the embedding rows (R,) int64 that change hands: those of new ids and of forgotten ones, but for
-        rows that an id which stays has by the hash as well."""
+        `seen_*`: ids in the new training days; `recent_*`: ids that may stay known, the new ones among them. Also
+        gives, by SIDE.NAME, the embedding rows (R,) int64 that change hands: those of new ids and of forgotten ones,
+        but for rows that an id which stays has by the hash as well."""
         known, renewed = {}, {}
         for side, table, seen_ids, recent_ids in (
             ("user", users, seen_users, recent_users),

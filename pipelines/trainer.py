@@ -157,7 +157,8 @@ def fit(
     on_progress: Callable[[Progress], None] = lambda _: None,
 ) -> TrainResult:
     """Train to the best epoch and export it into `out_dir`; called by every worker. With `resume`, goes on from the
-    last checkpoint in `out_dir` if there is one; a fresh run begins where `start` says. Progress: the first worker's, and every worker's at an epoch's end."""
+    last checkpoint in `out_dir` if there is one; a fresh run begins where `start` says. Progress: the first worker's,
+    and every worker's at an epoch's end."""
     with _process_group(), freed_memory_kept():
         run = _Run(task, config, out_dir, on_progress)
         if not resume:

@@ -26,7 +26,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 from rich.console import Console
 from rich.table import Table
 
@@ -115,12 +114,13 @@ def days(logs: Path, chosen: Recipe, options: argparse.Namespace, console: Conso
 
 def log_of(logs: Path, dates: tuple[str, ...]) -> dict[str, Any]:
     """The canonical tables as they were at the end of these dates."""
-    events = ingestion.load_events(logs, dates)
-    end_ms = pc.max(events["ts_ms"]).as_py()
-    videos = ingestion.load_table(logs, "videos")
+    events, videos = ingestion.load_events(logs, dates), ingestion.load_table(logs, "videos")
+    if videos is None:
+        raise FileNotFoundError(f"{logs / 'videos.parquet'} is not there")
+    uploaded = videos["upload_ts_ms"].to_numpy() <= events["ts_ms"].to_numpy().max()
     return {
         "users": ingestion.load_table(logs, "users"),
-        "videos": videos.filter(pc.less_equal(videos["upload_ts_ms"], pa.scalar(end_ms))),
+        "videos": videos.filter(pa.array(uploaded)),
         "events": events,
         "undated": None,
         "follows": ingestion.load_table(logs, "follows"),

@@ -18,7 +18,7 @@ from pipelines.world.responses import draw, engagement
 _CHUNK = 20_000
 """Requests at a time: bounds the memory of a round."""
 
-_SWIPE_MS = 300
+SWIPE_MS = 300
 """Between one video's end and the next one's start."""
 
 _PAUSE_MS = 5_000
@@ -47,7 +47,7 @@ def run_day(config: WorldConfig, world: Population, logger: Logger, day: int) ->
     rng = stream(config, 7, day)
     opens_ms_UR = _open_times(config, world, rng)
     # A page that could run past midnight is not opened: its events would belong to two days.
-    last_start_ms = DAY_MS - config.page_size * (2 * int(world.videos.duration_ms_V.max()) + _SWIPE_MS)
+    last_start_ms = DAY_MS - config.page_size * (2 * int(world.videos.duration_ms_V.max()) + SWIPE_MS)
     free_from_ms_U = np.zeros(config.n_users)
     rounds: list[Pages] = []
     for turn in range(opens_ms_UR.shape[1]):
@@ -102,7 +102,7 @@ def _serve_pages(
         ts_ms_BS[:, slot] = now_ms_B
         e = engagement(world, config, user_B, video_BS[:, slot], now_ms_B, np.full(len(user_B), slot))
         outcomes.append(draw(e, config.response, rng))
-        now_ms_B = now_ms_B + outcomes[-1]["watch_ms"] + _SWIPE_MS
+        now_ms_B = now_ms_B + outcomes[-1]["watch_ms"] + SWIPE_MS
     return Pages(
         user_B=user_B,
         ts_ms_B=ts_ms_B,

@@ -19,8 +19,8 @@ class World:
     def __init__(self, config: WorldConfig) -> None:
         self.config = config
         self.population = populate(config)
-        self._user_index = IdIndex(self.population.users.ids, "user ids")
-        self._video_index = IdIndex(self.population.videos.ids, "video ids")
+        self.user_rows = IdIndex(self.population.users.ids, "user ids").rows
+        self.video_rows = IdIndex(self.population.videos.ids, "video ids").rows
 
     def affinity(self, user_ids: np.ndarray, video_ids: np.ndarray, ts_ms: np.ndarray) -> np.ndarray:
         """Affinity of each (user, video) pair at its time. Arrays of one shape, or shapes that broadcast."""
@@ -43,6 +43,6 @@ class World:
     def _pairs(
         self, user_ids: np.ndarray, video_ids: np.ndarray, ts_ms: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        user_B, video_B = self._user_index.rows(user_ids), self._video_index.rows(video_ids)
+        user_B, video_B = self.user_rows(user_ids), self.video_rows(video_ids)
         user_B, video_B, ts_ms_B = np.broadcast_arrays(user_B, video_B, np.asarray(ts_ms, dtype=np.int64))
         return user_B, video_B, ts_ms_B

@@ -15,7 +15,7 @@ from pipelines.replay.judge import checked_values
 from pipelines.replay.log import CanonicalLog, Window
 from pipelines.replay.policies import Policy
 from pipelines.replay.rewards import WATCH_METRIC
-from pipelines.replay.sampling import Sampler, draw_slates
+from pipelines.replay.sampling import Sampler
 from pipelines.world.oracle import World
 
 
@@ -41,9 +41,9 @@ def true_values(
         user_N, ts_ms_N = shard.rows["user_id"].to_numpy(), shard.rows["ts_ms"].to_numpy()
         rows += len(slates.slot) * draws
         for policy in policies:
-            values_C = checked_values(policy, requests).values_C
+            law = checked_values(policy, requests).law_by(sampler or Sampler())
             for draw in range(draws):
-                drawn_N = draw_slates(values_C, requests, slates, sampler or Sampler(), salt=1 + draw)
+                drawn_N = law.draw(requests, slates, salt=1 + draw)
                 found = world.oracle(user_N, requests.video_ids[drawn_N], ts_ms_N, slates.slot)
                 reward_N = found["watch_ms"] / 1000 if metric == WATCH_METRIC else found[metric]
                 earned[policy.name] += float(np.sum(reward_N))

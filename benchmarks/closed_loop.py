@@ -117,9 +117,9 @@ def write_log(ws: Workspace, world: World, visits: Visits, folder: Path) -> list
 def judge(world: World, folder: Path, registry: Path, feeds: tuple[str, ...], log: int, slots: int) -> list[Judged]:
     """Replay the log for every feed, and ask the world."""
     window = Window(slots=slots)
-    histories = Histories(CanonicalLog(folder, (METRIC,), window).history.log)
-    bundles = [FeedBundle.load(Registry(registry).open(feed)) for feed in feeds]
-    policies = [BundlePolicy(bundle, histories, start_ms=bundle.newest_event_ms + 1, kind=FEED) for bundle in bundles]
+    history = CanonicalLog(folder, (METRIC,), window).history
+    histories, bundles = Histories(history.log), [FeedBundle.load(Registry(registry).open(feed)) for feed in feeds]
+    policies = [BundlePolicy(bundle, histories, history.start_ms, kind=FEED) for bundle in bundles]
     report = replay(folder, policies, metrics=(METRIC,), slots=slots, resamples=400, seed=log)
     truth = true_values(world, folder, policies, METRIC, window=window, draws=8)
     rows = []

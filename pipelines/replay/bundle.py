@@ -38,8 +38,8 @@ class BundlePolicy:
         self,
         bundle: FeedBundle,
         histories: Histories,
+        start_ms: int,
         counters: Dataset | None = None,
-        start_ms: int = 0,
         kind: str = BUNDLE,
         on_progress: Callable[[str], None] | None = None,
     ) -> None:
@@ -133,7 +133,7 @@ def factories(
         counters = Dataset.load(run / "dataset") if run is not None else None
         if not read or read[0][0] is not history:
             read[:] = [(history, Histories(history.log))]
-        return BundlePolicy(FeedBundle.load(opened), read[0][1], counters, history.start_ms, kind, on_progress)
+        return BundlePolicy(FeedBundle.load(opened), read[0][1], history.start_ms, counters, kind, on_progress)
 
     return {kind: lambda version, history, k=kind: make(k, version, history) for kind in (BUNDLE, FEED)}
 

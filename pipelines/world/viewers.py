@@ -17,6 +17,7 @@ from features.schema import SIGNALS
 from pipelines.world.config import DAY_MS, START_MS
 from pipelines.world.day import SWIPE_MS
 from pipelines.world.generate import SURFACE
+from pipelines.world.life import leaving, satiation
 from pipelines.world.oracle import World
 from pipelines.world.responses import draw, engagement
 from serving.client import FeedClient
@@ -77,10 +78,12 @@ def respond(
     population, config = world.population, world.config
     user_S = world.user_rows(np.full(len(video_ids), user_id))
     video_S = world.video_rows(np.array(video_ids, np.int64))
+    tired_S = satiation(population.videos.topic_V[video_S][None], config.life)[0]
     events = []
     for slot, video_id in enumerate(video_ids):
         here = slice(slot, slot + 1)
-        e = engagement(population, config, user_S[here], video_S[here], np.array([now_ms]), np.array([slot]))
+        instant, place = np.array([now_ms]), np.array([slot])
+        e = engagement(population, config, user_S[here], video_S[here], instant, place, tired_S[here])
         outcome = {name: int(value[0]) for name, value in draw(e, config.response, rng).items()}
         events.append(
             Event(
@@ -95,4 +98,6 @@ def respond(
             )
         )
         now_ms += outcome["watch_ms"] + SWIPE_MS
+        if config.life.leaves and rng.random() < leaving(np.array(outcome["click"]), config.life):
+            break
     return events

@@ -51,6 +51,9 @@ from serving.golden import record
 from serving.messages import FeedResponse
 
 METRIC = "long_view"
+PACKAGES = ("numpy", "polars", "torch")
+DRAWS = 4
+"""Slates a request that a true value is the mean of: what is left of their chance is a tenth of an interval."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -121,7 +124,7 @@ def judge(world: World, folder: Path, registry: Path, feeds: tuple[str, ...], lo
     histories, bundles = Histories(history.log), [FeedBundle.load(Registry(registry).open(feed)) for feed in feeds]
     policies = [BundlePolicy(bundle, histories, history.start_ms, kind=FEED) for bundle in bundles]
     report = replay(folder, policies, metrics=(METRIC,), slots=slots, resamples=400, seed=log)
-    truth = true_values(world, folder, policies, METRIC, window=window, draws=8)
+    truth = true_values(world, folder, policies, METRIC, window=window, draws=DRAWS)
     rows = []
     for feed, result in zip(feeds, report.policies[1:], strict=True):
         found, d = result.metrics[METRIC][report.estimator], result.diagnostics
@@ -180,17 +183,22 @@ def main() -> None:
             shutil.rmtree(folder)
             told = ", ".join(f"{r.feed} {r.estimate:.4f} [{r.low:.4f}, {r.high:.4f}] {r.truth:.4f}" for r in rows[-3:])
             console.print(f"log {log}: {len(pages):,} pages; {told}", highlight=False)
+            _write(arguments.json, {"pages_a_log": len(pages), "served": live, "rows": rows}, began_s)
     title = (
         f"{arguments.logs} logs of {len(pages):,} pages by a server of {live}, {METRIC} a shown video, "
         f"first {arguments.slots} slots; snrips@100"
     )
     console.print(tabled(rows, title))
-    machine = describe(("numpy", "polars", "torch"))
-    console.print(line(machine))
-    if arguments.json:
-        found = {"machine": machine, "seconds": time.monotonic() - began_s, "pages": len(pages), "served": live,
-                 "logs": [asdict(row) | {"covered": row.covered} for row in rows]}  # fmt: skip
-        arguments.json.write_text(json.dumps(found, indent=1) + "\n")
+    console.print(line(describe(PACKAGES)))
+
+
+def _write(path: Path | None, found: dict, began_s: float) -> None:
+    """After each log: a run of an hour that is stopped has not been for nothing."""
+    if path is None:
+        return
+    rows = [asdict(row) | {"covered": row.covered} for row in found["rows"]]
+    told = {"machine": describe(PACKAGES), "seconds": time.monotonic() - began_s, **found, "rows": rows}
+    path.write_text(json.dumps(told, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -103,8 +103,8 @@ CANDIDATES = pa.schema(
 )
 """One row a request whose logger recorded what it chose from: the candidate set that replay re-ranks."""
 
-SESSION_IDS = pa.field("session_ids", pa.list_(pa.int64()))
-"""An optional column of `candidates`: videos the session had shown before, which the feed compares a page with."""
+SESSION_CANDIDATES = pa.schema([*CANDIDATES, pa.field("session_ids", pa.list_(pa.int64()))])
+"""`candidates` of a feed with sessions: which videos the session had shown before, as a page is compared with them."""
 
 NOT_JUDGED = pa.schema([pa.field("request_id", pa.string(), nullable=False), pa.field("reason", pa.string())])
 """`not_judged.parquet` beside `candidates`: requests that are known to have no candidate set, and why. Replay sets them
@@ -119,6 +119,6 @@ TABLES: dict[str, pa.Schema] = {
     "users": USERS,
     "follows": FOLLOWS,
     "undated": UNDATED,
-    "candidates": CANDIDATES,
+    "candidates": SESSION_CANDIDATES,
 }
 """Layout of a dataset folder: `events/date=*/*.parquet`, and `NAME.parquet` for each other table that exists."""

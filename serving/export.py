@@ -18,7 +18,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from features.schema import CANDIDATES, EVENTS, NOT_JUDGED, SESSION_IDS
+from features.schema import EVENTS, NOT_JUDGED, SESSION_CANDIDATES
 from serving.sqlite_log import Write, connect, insert, unpacked
 from serving.stores import is_redis
 
@@ -88,15 +88,14 @@ def _export_day(database: sqlite3.Connection, day: int, out: Path) -> int:
 def _export_requests(database: sqlite3.Connection, out: Path) -> None:
     """One row a request: what it chose from, or why it cannot be judged."""
     out.mkdir(parents=True, exist_ok=True)
-    candidates = pa.schema([*CANDIDATES, SESSION_IDS])
     cursor = database.execute(_REQUESTS)
     with (
-        _replacing(out / "candidates.parquet", candidates) as sets,
+        _replacing(out / "candidates.parquet", SESSION_CANDIDATES) as sets,
         _replacing(out / "not_judged.parquet", NOT_JUDGED) as others,
     ):
         while rows := cursor.fetchmany(_ROWS_AT_ONCE):
             judged = [(*row[:-3], *map(unpacked, row[-3:-1])) for row in rows if row[-1] is None]
-            sets.write_table(_table(judged, candidates))
+            sets.write_table(_table(judged, SESSION_CANDIDATES))
             others.write_table(_table([(row[0], row[-1]) for row in rows if row[-1] is not None], NOT_JUDGED))
 
 

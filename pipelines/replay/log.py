@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from features.schema import CANDIDATES, NOT_JUDGED, SESSION_IDS, SIGNALS, VIDEOS
+from features.schema import CANDIDATES, NOT_JUDGED, SESSION_CANDIDATES, SIGNALS, VIDEOS
 from pipelines.replay.checks import ReplayInputError, check_candidates, check_shown, check_slots, refuse_labels
 from pipelines.replay.policies import History
 from pipelines.replay.rewards import METRICS, reward
@@ -114,7 +114,7 @@ class CanonicalLog:
         )
         self._candidates = Divided(
             [self._candidates_path],
-            [*CANDIDATES.names, *self._session],
+            self._candidate_columns,
             self._parts,
             Path(self._scratch.name) / "candidates",
             keep=lambda table: _since(table, start_ms - DAY_MS),
@@ -172,7 +172,7 @@ class CanonicalLog:
         if missing:
             raise ReplayInputError(f"{self._candidates_path}: no column {', '.join(missing)}")
         refuse_labels(self._candidates_path, names)
-        self._session = [name for name in (SESSION_IDS.name,) if name in names]
+        self._candidate_columns = [name for name in SESSION_CANDIDATES.names if name in names]
         self._files = sorted((self._folder / "events").glob("**/*.parquet"))
         if not self._files:
             raise ReplayInputError(f"{self._folder / 'events'}: no Parquet files; give the folder that holds events/")
@@ -227,7 +227,7 @@ class CanonicalLog:
             surface=candidates["surface"].to_list(),
             offsets=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
             video_ids=candidates["video_ids"].explode(empty_as_null=False).to_numpy(),
-            session_ids=[ids or [] for ids in candidates[SESSION_IDS.name].to_list()] if self._session else None,
+            session_ids=_session_ids(candidates),
             part=part,
         )
         files = [str(file) for file in self._recent]
@@ -263,6 +263,12 @@ def _locate(video_N: Ints, request_N: Ints, slot_N: Ints, requests: LoggedReques
         hit = np.flatnonzero((row_C >= 0) & (video_N[row_C] == requests.video_ids))
         candidate_N[row_C[hit]] = hit
     return candidate_N
+
+
+def _session_ids(candidates: pl.DataFrame) -> list[list[int]] | None:
+    if "session_ids" not in candidates.columns:
+        return None
+    return [ids or [] for ids in candidates["session_ids"].to_list()]
 
 
 def _since(table: pa.Table, first_ms: int) -> pa.Table:

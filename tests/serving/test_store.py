@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from features.schema import CANDIDATES, EVENTS, SIGNALS
+from features.schema import EVENTS, SESSION_CANDIDATES, SIGNALS
 from serving.export import export_events
 from serving.messages import Event, LogOutcome
 from serving.records import NOTHING_KNOWN, ServedRow, Shortlist
@@ -137,7 +137,7 @@ def shortlist(request_id: str = "r1", user_id: int = USER, videos=(VIDEO, VIDEO 
 def exported(store_path, out) -> tuple[list[dict], list[tuple]]:
     export_events(store_path, out)
     candidates = pq.read_table(out / "candidates.parquet", page_checksum_verification=True)
-    assert candidates.schema.names == [*CANDIDATES.names, "session_ids"]
+    assert candidates.schema.names == SESSION_CANDIDATES.names
     others = pq.read_table(out / "not_judged.parquet").to_pylist()
     return candidates.to_pylist(), [(row["request_id"], row["reason"]) for row in others]
 

@@ -103,6 +103,13 @@ CANDIDATES = pa.schema(
 )
 """One row a request whose logger recorded what it chose from: the candidate set that replay re-ranks."""
 
+SESSION_CANDIDATES = pa.schema([*CANDIDATES, pa.field("session_ids", pa.list_(pa.int64()))])
+"""`candidates` of a feed with sessions: which videos the session had shown before, as a page is compared with them."""
+
+NOT_JUDGED = pa.schema([pa.field("request_id", pa.string(), nullable=False), pa.field("reason", pa.string())])
+"""`not_judged.parquet` beside `candidates`: requests that are known to have no candidate set, and why. Replay sets them
+aside and counts them; a request that is in neither table is refused."""
+
 QUARANTINE_REASON = "reason"
 """Extra column of a quarantine table (`quarantine/TABLE.parquet`): why the row was set aside."""
 
@@ -112,6 +119,6 @@ TABLES: dict[str, pa.Schema] = {
     "users": USERS,
     "follows": FOLLOWS,
     "undated": UNDATED,
-    "candidates": CANDIDATES,
+    "candidates": SESSION_CANDIDATES,
 }
 """Layout of a dataset folder: `events/date=*/*.parquet`, and `NAME.parquet` for each other table that exists."""

@@ -239,6 +239,10 @@ def serve(
             "Compiled once a shape of ranker, while plain answers; kept in ~/.cache/reelrank."
         ),
     ] = "auto",
+    log_candidates: Annotated[
+        float,
+        typer.Option(min=0, max=1, help="Share of requests whose candidates are logged, for replay; 1.3 kB each."),
+    ] = 1.0,
     device: Device = "cpu",
 ) -> None:
     """Serve the live bundle over gRPC and follow LIVE: publish and rollback need no restart."""
@@ -265,6 +269,7 @@ def serve(
             otlp=otlp,
             threads=threads,
             scorer=scorer_named(scorer),
+            shortlist_share=log_candidates,
             device=device,
         ),
         on_ready=lambda address, version: print(f"serving on {address} (bundle {version})", flush=True),
@@ -340,9 +345,10 @@ def export_events(
     store: Annotated[
         str, typer.Option("--store", help="The store that `reelrank serve` writes: a file, or redis://..")
     ],
-    out: Annotated[Path, typer.Option(help="Folder for events/date=YYYY-MM-DD/, the canonical layout.")],
+    out: Annotated[Path, typer.Option(help="Folder for events/date=YYYY-MM-DD/ and candidates.parquet.")],
 ) -> None:
-    """Write served and logged events as canonical tables, with their propensities: training and replay data."""
+    """Write served and logged events as canonical tables, with their propensities and the candidates they were drawn
+    from: training and replay data."""
     from serving.export import export_events as export
     from serving.stores import is_redis
 

@@ -46,15 +46,16 @@ def replay(
         list[str] | None,
         typer.Option(
             "--policy",
-            help="What to judge; repeatable. logged, random, popularity, newest, bundle:VERSION (or bundle:live), "
-            "file:PATH with scores a candidate or probabilities of what was shown.",
+            help="What to judge; repeatable. logged, random, popularity, newest, bundle:VERSION (or bundle:live) by "
+            "--temperature, feed:VERSION with its own rules and exploration, file:PATH with scores a candidate or "
+            "probabilities of what was shown.",
         ),
     ] = None,
     metric: Annotated[
         list[str] | None,
         typer.Option("--metric", help="A signal, watch_s, quick_skip, fresh or unconnected; the first decides."),
     ] = None,
-    registry: Annotated[Path | None, typer.Option("--registry", help="For bundle:VERSION (or bundle:live).")] = None,
+    registry: Annotated[Path | None, typer.Option("--registry", help="For bundle:VERSION, feed:VERSION.")] = None,
     slots: Annotated[int | None, typer.Option(help="Judge the first slots of each slate only.")] = None,
     days: Annotated[float | None, typer.Option(help="Judge the last days of the log only.")] = None,
     temperature: Annotated[

@@ -32,12 +32,15 @@ AFTER_LOG_MS = 60_000
 
 
 @contextmanager
-def served(ws: Workspace) -> Iterator[str]:
-    """`reelrank serve` on the run's registry in a process of its own; yields its address, stops it at the end."""
+def served(ws: Workspace, store: Path | None = None) -> Iterator[str]:
+    """`reelrank serve` on the run's registry in a process of its own; yields its address, stops it at the end.
+
+    `store`: by default one that belongs to the run.
+    """
     log_path = ws.root / "serve.log"
     command = [sys.executable, "-m", "pipelines.cli", "serve", "--registry", str(ws.registry)]
     # A few feeds are not worth a compiler's half minute.
-    command += ["--store", str(ws.root / "live.sqlite"), "--port", "0", "--scorer", "plain"]
+    command += ["--store", str(store or ws.root / "live.sqlite"), "--port", "0", "--scorer", "plain"]
     with log_path.open("w") as log:
         process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)  # noqa: S603 - our own command
         try:

@@ -7,6 +7,7 @@ with is its propensity, exactly.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -114,6 +115,9 @@ class Slate:
     """(S,) int64, positions among the K candidates."""
     propensity_S: np.ndarray
     """(S,) float64, probability of each choice given the choices before it."""
+    considered: np.ndarray
+    """int64, ascending positions of all that could have been drawn into some slot: arranged anew from these alone, the
+    same slate has the same propensities."""
 
 
 def arrange(
@@ -121,29 +125,36 @@ def arrange(
 ) -> Slate:
     """Fill up to k slots."""
     walk = _Walk(candidates, config, shown or Shown())
-    order, propensity = [], []
+    order, propensity, drawable_K = [], [], np.zeros(len(candidates.value_K), bool)
     for _ in range(k):
         considered, probability = walk.choices()
         if len(considered) == 0:
             break
+        drawable_K[considered] = True
         at = int(rng.choice(len(considered), p=probability)) if config.explore else 0
         order.append(int(considered[at]))
         propensity.append(float(probability[at]))
         walk.place(order[-1])
-    return Slate(np.array(order, np.int64), np.array(propensity, np.float64))
+    return Slate(np.array(order, np.int64), np.array(propensity, np.float64), np.flatnonzero(drawable_K))
+
+
+def choices_along(
+    order_S: np.ndarray, candidates: Candidates, config: ArrangeConfig, shown: Shown | None = None
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Slot by slot of a given slate: what these values and this config would consider there, best first, and the
+    probability of each, given the slots above."""
+    walk = _Walk(candidates, config, shown or Shown())
+    for item in order_S:
+        yield walk.choices()
+        walk.place(int(item))
 
 
 def slate_propensities(
     order_S: np.ndarray, candidates: Candidates, config: ArrangeConfig, shown: Shown | None = None
 ) -> np.ndarray:
     """Probability (S,) of each choice of a given slate, under these values and this config; 0 where impossible."""
-    walk = _Walk(candidates, config, shown or Shown())
-    propensity_S = np.zeros(len(order_S))
-    for slot, item in enumerate(order_S):
-        considered, probability = walk.choices()
-        propensity_S[slot] = probability[considered == item].sum()
-        walk.place(int(item))
-    return propensity_S
+    slots = zip(order_S, choices_along(order_S, candidates, config, shown), strict=True)
+    return np.array([probability[considered == item].sum() for item, (considered, probability) in slots])
 
 
 class _Walk:

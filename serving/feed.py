@@ -14,17 +14,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-import xxhash
 
 from candidate_gen.blend import Pool
-from candidate_gen.timeline import HOUR_MS
-from ranking.arrange import Candidates, Slate
+from ranking.arrange import Slate
 from ranking.arrange import arrange as fill_slots
-from ranking.value import Scores, terms, values
+from ranking.value import Scores, terms
 from serving.bundle import FeedBundle
 from serving.feedback import lost_to_dislikes
 from serving.filters import Rules
-from serving.hydrate import Query, hydrate, model_inputs
+from serving.hydrate import Query, hydrate
 from serving.limits import MAX_K, MAX_POOL, check_candidates, check_page
 from serving.messages import (
     CandidatesResponse,
@@ -35,9 +33,11 @@ from serving.messages import (
     RankedResponse,
     ServedItem,
 )
+from serving.records import ServedRow, Shortlist, UserState
+from serving.rerank import arrangeable, score, slate_chance
 from serving.retrieve import popular_pool, retrieve_pool, static_pool
-from serving.session import Session, topics
-from serving.store import ServedRow, Store, StoreUnavailableError, UserState
+from serving.session import Session
+from serving.store import Store, StoreUnavailableError
 from serving.trace import Deadline, StageCosts, Trace
 
 _log = logging.getLogger(__name__)
@@ -127,7 +127,7 @@ class Feed:
         query = self._hydrate(user_id, now_ms, surface, trace)
         with trace.stage("rank") as stage:
             rows_N = self.bundle.videos.rows_of(np.asarray(video_ids, dtype=np.int64))
-            scores, value_N = self._score(query, rows_N)
+            scores, value_N = score(self.bundle, query, rows_N)
             stage.received = stage.kept = len(rows_N)
         return RankedResponse(
             bundle_version=self.bundle.version,
@@ -141,14 +141,6 @@ class Feed:
             level=trace.level,
             degraded_reason=trace.degraded_reason,
         )
-
-    def value_candidates(self, user_id: int, ts_ms: int, surface: str | None, video_ids: np.ndarray) -> np.ndarray:
-        """Values (N,) float64 as the feed would have given them at an instant: what replay re-ranks logs with.
-
-        Any surface is taken, also one this feed does not serve: logs are older than configurations.
-        """
-        query = hydrate(self.bundle, self.store.user(user_id), user_id=user_id, now_ms=ts_ms, surface=surface)
-        return self._score(query, self.bundle.videos.rows_of(np.asarray(video_ids, dtype=np.int64)))[1]
 
     def complete(self, events: Sequence[Event]) -> list[Event]:
         """Fill in what the bundle knows of the videos: author, and duration where the client sent none."""
@@ -228,23 +220,12 @@ class Feed:
         try:
             with trace.stage("rank") as stage:
                 stage.received = stage.kept = len(pool.rows_K)
-                scores, value_K = self._score(query, pool.rows_K, pool.connected_K)
+                scores, value_K = score(self.bundle, query, pool.rows_K, pool.connected_K)
                 return Scored(pool, scores, value_K, terms(scores, pool.connected_K, self.bundle.config.value))
         except Exception as error:
             _log.exception("the ranker failed; candidates stay in retrieval order")
             trace.degrade(Level.RETRIEVAL_ORDER, f"the ranker failed: {type(error).__name__}")
             return _in_pool_order(pool)
-
-    def _score(
-        self, query: Query, rows_N: np.ndarray, connected_N: np.ndarray | None = None
-    ) -> tuple[Scores, np.ndarray]:
-        if connected_N is None:
-            connected_N = np.isin(self.bundle.author_id[rows_N], query.followed_authors)
-        scores = self.bundle.ranker.score(model_inputs(self.bundle, query, rows_N))
-        value_N = values(scores, connected_N, self.bundle.config.value)
-        if not (np.isfinite(value_N).all() and np.isfinite(scores.probability_NT).all()):
-            raise ArithmeticError("the ranker gave scores that are not finite")
-        return scores, value_N
 
     def _less_disliked(self, query: Query, scored: Scored) -> Scored:
         """Values after the viewer's negative feedback; the loss is a term like the others."""
@@ -255,21 +236,13 @@ class Feed:
         return replace(scored, value_K=scored.value_K - lost_K, term_K=term_K)
 
     def _arrange(self, query: Query, scored: Scored, request: FeedRequest, session: Session, trace: Trace) -> Slate:
-        config, rows_K = self.bundle.config.arrange, scored.pool.rows_K
+        config = self.bundle.config.arrange
         with trace.stage("arrange") as stage:
-            upload_ts_ms_K = self.bundle.upload_ts_ms[rows_K]
-            candidates = Candidates(
-                value_K=scored.value_K,
-                author_K=self.bundle.author_id[rows_K],
-                vector_KD=self.bundle.vectors[rows_K],
-                topic_K=topics(self.bundle, rows_K),
-                fresh_K=(upload_ts_ms_K >= 0) & (upload_ts_ms_K > query.now_ms - config.fresh_h * HOUR_MS),
-            )
             slate = fill_slots(
-                candidates,
+                arrangeable(self.bundle, scored.pool.rows_K, scored.value_K, query.now_ms),
                 config if request.explore else replace(config, explore=False),
                 request.k,
-                np.random.default_rng(xxhash.xxh64_intdigest(request.request_id.encode())),
+                slate_chance(request.request_id),
                 session.shown(self.bundle),
             )
             stage.received, stage.kept = len(scored.value_K), len(slate.order_S)
@@ -284,7 +257,11 @@ class Feed:
             policy_id = self._policy_id(request, trace.level)
             trace.deadline.claim()
             if items:
-                self.store.log_served([self._served_row(item, query, request, policy_id) for item in items])
+                rows = [self._served_row(item, query, request, policy_id) for item in items]
+                explored = request.explore and self.bundle.config.arrange.explore
+                self.store.log_served(
+                    rows, self._shortlist(query, scored, slate, request, session) if explored else None
+                )
             stage.received = stage.kept = len(items)
         shortfall = ""
         if len(items) < request.k:
@@ -328,6 +305,18 @@ class Feed:
             policy_id=policy_id,
             propensity=item.propensity,
             bundle_version=self.bundle.version,
+        )
+
+    def _shortlist(
+        self, query: Query, scored: Scored, slate: Slate, request: FeedRequest, session: Session
+    ) -> Shortlist:
+        return Shortlist(
+            request_id=request.request_id,
+            user_id=query.user_id,
+            ts_ms=query.now_ms,
+            surface=query.surface,
+            video_id_K=self.bundle.videos.ids_of(scored.pool.rows_K[slate.considered]),
+            session_id_N=session.remembered,
         )
 
     def _policy_id(self, request: FeedRequest, level: Level) -> str:

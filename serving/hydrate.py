@@ -16,7 +16,7 @@ from features.inputs import Inputs, UserRows, assemble
 from features.pairs import PAST
 from features.schema import SIGNALS
 from serving.bundle import FeedBundle
-from serving.store import UserState
+from serving.records import UserState
 
 _HATE = np.uint8(1 << SIGNALS.index("hate"))
 _DISLIKES = 64

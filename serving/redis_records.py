@@ -10,7 +10,8 @@ import numpy as np
 from features.history import watch_fraction
 from features.schema import SIGNALS
 from serving.messages import Event
-from serving.store import NOTHING_KNOWN, UserState
+from serving.records import NOTHING_KNOWN, Shortlist, UserState
+from serving.sqlite_log import packed, unpacked
 from serving.upload_store import Change, from_json
 
 RECORD = np.dtype(
@@ -73,6 +74,19 @@ def state_of(records: list[bytes], seen: bytes | None, followed: bytes | None) -
         seen_ids=np.unique(np.frombuffer(seen or b"", "<i8")).astype(np.int64),
         followed_authors=np.unique(np.frombuffer(followed or b"", "<i8")).astype(np.int64),
     )
+
+
+def shortlist_json(kept: Shortlist) -> str:
+    """All but request and user, which the key and the script's prefix say."""
+    ids = [base64.b64encode(packed(ids)).decode() for ids in (kept.video_id_K, kept.session_id_N)]
+    return json.dumps([kept.ts_ms, kept.surface, *ids])
+
+
+def shortlist_of(request_id: str, user: bytes, said: bytes) -> Shortlist:
+    """Inverse of `shortlist_json`, under the user it is kept for."""
+    ts_ms, surface, *ids = json.loads(said)
+    video_id_K, session_id_N = (unpacked(base64.b64decode(text)) for text in ids)
+    return Shortlist(request_id, int(user), ts_ms, surface, video_id_K, session_id_N)
 
 
 def change_of(number: int, video_id: int, state: bytes, described: bytes | None) -> Change:

@@ -2,8 +2,8 @@
 
 Ids are 64-bit and Lua's numbers are doubles: ids travel packed or as text and are only ever compared as text.
 Keys (after the prefix): e:REQUEST slot -> record; log the requests by first event; u:USER and t:USER the recent records
-and their times; s:USER and f:USER packed ids of videos seen and authors followed; v:REQUEST slot -> served row;
-order, state, video the changes of the catalogue.
+and their times; s:USER and f:USER packed ids of videos seen and authors followed; v:REQUEST slot -> served row, and
+`from` -> the shortlist; order, state, video the changes of the catalogue.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ end
 for i = 5, #ARGV, 2 do redis.call('HSETNX', key, ARGV[i], user .. ' ' .. ARGV[i + 1]) end
 if redis.call('EXISTS', prefix .. 'e:' .. request) == 0 then redis.call('EXPIRE', key, expire_s) end
 """
-"""ARGV: prefix, request, user, seconds that an unanswered slate is kept, then slot and JSON of each row."""
+"""ARGV: prefix, request, user, seconds that an unanswered slate is kept, then slot (or `from`) and JSON of each row."""
 
 KEEP = """
 local prefix, acknowledged_ms, number = ARGV[1], ARGV[2], 0

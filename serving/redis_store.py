@@ -29,20 +29,16 @@ from redis.retry import Retry
 
 from serving import redis_scripts as scripts
 from serving.messages import Event, LogOutcome
-from serving.redis_records import change_of, event_of, record_of, state_of
-from serving.store import (
-    NOTHING_KNOWN,
-    ServedRow,
-    StoreBusyError,
-    StoreConfig,
-    StoreUnavailableError,
-    UserState,
-)
+from serving.records import NOTHING_KNOWN, ServedRow, Shortlist, UserState
+from serving.redis_records import change_of, event_of, record_of, shortlist_json, shortlist_of, state_of
+from serving.store import StoreBusyError, StoreConfig, StoreUnavailableError
 from serving.upload_store import Change, Said, to_json
 
 _log = logging.getLogger(__name__)
 _AT_ONCE = 1_000
 PREFIX = "reelrank:"
+SHORTLIST = "from"
+"""Beside the slots of a slate: what they were drawn from."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -79,7 +75,7 @@ class RedisStore:
         self._lock = threading.Lock()
         self._reads, self._writes = (_Breaker(self.config.retry_s) for _ in range(2))
         self._waiting: queue.Queue[Callable[[], None] | None] = queue.Queue(self.config.max_waiting)
-        self._slates: deque[tuple[ServedRow, ...]] = deque()
+        self._slates: deque[tuple[tuple[ServedRow, ...], Shortlist | None]] = deque()
         self._call(self._check_durability)
         self._writer = threading.Thread(target=self._write, name="store-writer", daemon=True)
         self._writer.start()
@@ -159,12 +155,13 @@ class RedisStore:
             found, last = self._call(partial(self._read_changes, last))
             yield from found
 
-    def log_served(self, rows: Sequence[ServedRow]) -> None:
+    def log_served(self, rows: Sequence[ServedRow], shortlist: Shortlist | None = None) -> None:
         """Written soon, and after an outage."""
         if len(self._slates) >= self.config.max_waiting:
             self.served_dropped += 1
             return
-        self._slates.append(tuple(rows))
+        kept = shortlist if shortlist is not None and self.config.keeps(shortlist.request_id) else None
+        self._slates.append((tuple(rows), kept))
         if self._waiting.empty():
             with suppress(queue.Full):  # full: it is awake
                 self._waiting.put_nowait(lambda: None)  # wakes the writer
@@ -225,8 +222,8 @@ class RedisStore:
             while self._slates:
                 with self._database.pipeline(transaction=False) as writes:
                     batch = [self._slates[i] for i in range(min(100, len(self._slates)))]
-                    for rows in batch:
-                        self._served_script(args=self._served_arguments(rows), client=writes)
+                    for rows, shortlist in batch:
+                        self._served_script(args=self._served_arguments(rows, shortlist), client=writes)
                     writes.execute()
                 for _ in batch:
                     self._slates.popleft()
@@ -235,11 +232,13 @@ class RedisStore:
             self._writes.closed = False
             _log.warning("%d slates wait for %s: %s", len(self._slates), self._name, error)
 
-    def _served_arguments(self, rows: tuple[ServedRow, ...]) -> list[Any]:
+    def _served_arguments(self, rows: tuple[ServedRow, ...], shortlist: Shortlist | None) -> list[Any]:
         first = rows[0]
         arguments: list[Any] = [self.config.prefix, first.request_id, first.user_id, self.config.slate_kept_s]
         for row in rows:
             arguments += [row.slot, json.dumps(asdict(row))]
+        if shortlist is not None:
+            arguments += [SHORTLIST, shortlist_json(shortlist)]
         return arguments
 
     def _read_changes(self, after: int) -> tuple[list[Change], int | None]:
@@ -298,7 +297,7 @@ class _Breaker:
             return True
 
 
-def read_log(url: str, prefix: str = PREFIX) -> Iterator[tuple[list[Event], list[ServedRow]]]:
+def read_log(url: str, prefix: str = PREFIX) -> Iterator[tuple[list[Event], list[ServedRow], Shortlist | None]]:
     """The event log, request by request in the order of their first events, with the slates that they answer."""
     with closing(_client(url, 10.0)) as database:
         requests: list[bytes] = database.zrange(f"{prefix}log", 0, -1)
@@ -307,8 +306,10 @@ def read_log(url: str, prefix: str = PREFIX) -> Iterator[tuple[list[Event], list
             slots = database.hgetall(f"{prefix}e:{request_id}")
             served = database.hgetall(f"{prefix}v:{request_id}")
             events = [event_of(request_id, int(slot), record) for slot, record in slots.items()]
+            listed = served.pop(SHORTLIST.encode(), None)
+            shortlist = None if listed is None else shortlist_of(request_id, *listed.split(b" ", 1))
             rows = [ServedRow(**json.loads(said.partition(b" ")[2])) for said in served.values()]
-            yield sorted(events, key=lambda event: event.slot), rows
+            yield sorted(events, key=lambda event: event.slot), rows, shortlist
 
 
 def _client(url: str, timeout_s: float) -> Any:

@@ -48,7 +48,7 @@ class FeedServer:
         self._tokens = None if token_file is None else Tokens(token_file)
         device = resolve(self.config.device)
         self._tracer = None if self.config.otlp is None else _tracing(self.config.otlp)
-        self.store = open_store(store)
+        self.store = open_store(store, self.config.shortlist_share)
         try:
             scan_on = None if is_cpu(device) else device
             self.live = LiveFeed(Registry(registry), self.store, self.config.live, scan_on, self.config.scorer)

@@ -31,6 +31,9 @@ class ServerConfig:
     """For clients that set none."""
     longest_deadline_ms: float = 10_000.0
     """Longer ones are cut to it."""
+    shortlist_share: float = 1.0
+    """Share of the explored pages whose shortlists are kept, so that replay can judge other feeds on this one's log:
+    some 1.3 kB a page."""
     live: LiveConfig = field(default_factory=lambda: LiveConfig(flush=False))
     """When uploads are moved into an index of their own. The store is what survives a crash, so nothing is flushed."""
     poll_s: float = 1.0

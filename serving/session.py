@@ -46,9 +46,14 @@ class Session:
         body = np.concatenate([self.video_id_N, np.array(shown, np.int64)]).astype("<i8").tobytes()
         return _FORMAT + xxhash.xxh32_digest(body) + body
 
+    @property
+    def remembered(self) -> np.ndarray:
+        """The last of them, which pages are compared with."""
+        return self.video_id_N[-REMEMBERED:]
+
     def shown(self, bundle: FeedBundle) -> Shown | None:
         """What the rules compare with; None in a first page."""
-        rows = bundle.videos.rows_of(self.video_id_N[-REMEMBERED:])
+        rows = bundle.videos.rows_of(self.remembered)
         rows = rows[rows > 0]
         if len(rows) == 0:
             return None

@@ -1,69 +1,35 @@
 """Live events: what users did since the bundle was made, durable, merged into the next request's history.
 
-`SqliteStore` keeps one row an impression under (request_id, slot), every served slate beside it, and what was uploaded
-and removed (`serving.upload_store`). One writer thread commits whatever is waiting in one transaction (WAL,
-synchronous=FULL): what is acknowledged survives a killed process and a power cut. Requests never read the database: a
-user's recent events and seen videos lie in memory.
+`SqliteStore` keeps events and served slates (`serving.sqlite_log`), and what was uploaded and removed
+(`serving.upload_store`). One writer thread commits whatever is waiting in one transaction (WAL, synchronous=FULL): what
+is acknowledged survives a killed process and a power cut. Requests never read the database: a user's recent events and
+seen videos lie in memory.
 """
 
 from __future__ import annotations
 
 import fcntl
-import itertools
 import logging
 import queue
 import sqlite3
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
-import numpy as np
+import xxhash
 
-from features.history import watch_fraction
-from features.schema import SIGNALS
 from serving import upload_store
 from serving.messages import Event, LogOutcome
+from serving.records import NOTHING_KNOWN, ServedRow, Shortlist, UserState
+from serving.sqlite_log import Write, all_users, connect, insert, one_user
 from serving.upload_store import Change, Said
 
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class UserState:
-    """One user's live events: the most recent ones (E, oldest first), and every video and follow ever logged."""
-
-    video_id_E: np.ndarray
-    ts_ms_E: np.ndarray
-    signals_E: np.ndarray
-    """uint8 masks in the bit order of SIGNALS."""
-    watch_fraction_E: np.ndarray
-    seen_ids: np.ndarray
-    followed_authors: np.ndarray
-
-
-NOTHING_KNOWN = UserState(
-    *(np.zeros(0, dtype) for dtype in (np.int64, np.int64, np.uint8, np.float32, np.int64, np.int64))
-)
-
-
-@dataclass(frozen=True, slots=True)
-class ServedRow:
-    """One slot of a slate as it was shown: what makes an event valid replay data."""
-
-    request_id: str
-    slot: int
-    user_id: int
-    video_id: int
-    ts_ms: int
-    surface: str | None
-    source: str
-    connected: bool
-    policy_id: str
-    propensity: float
-    bundle_version: str
+_SHORTLISTS = 1
+"""Seed of the hash that chooses shortlists: the plain one seeds exploration, which must not be chosen by."""
 
 
 class StoreUnavailableError(RuntimeError):
@@ -90,8 +56,8 @@ class Store(Protocol):
         """What can be said of a user without waiting: it may be old, or nothing."""
         ...
 
-    def log_served(self, rows: Sequence[ServedRow]) -> None:
-        """Keep a slate, soon; nobody waits for it."""
+    def log_served(self, rows: Sequence[ServedRow], shortlist: Shortlist | None = None) -> None:
+        """Keep a slate and, for the configured share of requests, what it was drawn from, soon; nobody waits."""
         ...
 
 
@@ -149,7 +115,7 @@ class NoStore:
 
     at_hand = user
 
-    def log_served(self, rows: Sequence[ServedRow]) -> None:
+    def log_served(self, rows: Sequence[ServedRow], shortlist: Shortlist | None = None) -> None:
         return None
 
 
@@ -161,17 +127,16 @@ class StoreConfig:
     """Live events a user kept in memory; the models read fewer (history_length)."""
     max_waiting: int = 10_000
     """Writes that may wait for the writer; beyond it events are refused, and slates counted in `served_dropped`."""
+    shortlist_share: float = 1.0
+    """Share of requests whose shortlists are kept, by a hash of the request's id: nothing else about it decides."""
 
+    def __post_init__(self) -> None:
+        if not 0 <= self.shortlist_share <= 1:
+            raise ValueError(f"shortlist_share {self.shortlist_share}: must lie in 0 .. 1")
 
-@dataclass(frozen=True, slots=True)
-class Write:
-    """What one transaction holds for somebody."""
-
-    served: tuple[ServedRow, ...] = ()
-    events: tuple[Event, ...] = ()
-    said: Said | None = None
-    forgotten: tuple[int, ...] = ()
-    done: Future[Any] = field(default_factory=Future)
+    def keeps(self, request_id: str) -> bool:
+        """Whether the request's shortlist is kept."""
+        return xxhash.xxh64_intdigest(request_id.encode(), seed=_SHORTLISTS) < self.shortlist_share * 2.0**64
 
 
 class SqliteStore:
@@ -190,7 +155,7 @@ class SqliteStore:
         self._waiting: queue.Queue[Write | None] = queue.Queue(self.config.max_waiting)
         database = connect(path)
         self._number = upload_store.last_number(database)
-        self._users = _all_users(database, self.config.recent_events)
+        self._users = all_users(database, self.config.recent_events)
         self._writer = threading.Thread(target=self._write, args=(database,), name="store-writer", daemon=True)
         self._writer.start()
 
@@ -226,10 +191,11 @@ class SqliteStore:
         """What is on disk of uploads and removals beyond a number: each video's last state, in order."""
         return upload_store.changes(self.path, after)
 
-    def log_served(self, rows: Sequence[ServedRow]) -> None:
+    def log_served(self, rows: Sequence[ServedRow], shortlist: Shortlist | None = None) -> None:
         """Written in order with the events, so a slate is on disk no later than an event that answers it."""
+        kept = shortlist if shortlist is not None and self.config.keeps(shortlist.request_id) else None
         try:
-            self._waiting.put_nowait(Write(served=tuple(rows)))
+            self._waiting.put_nowait(Write(served=tuple(rows), shortlist=kept))
         except queue.Full:
             self.served_dropped += 1
             _log.warning("a slate was not logged: %d writes are waiting", self.config.max_waiting)
@@ -268,7 +234,7 @@ class SqliteStore:
                     outcomes.append(outcome)
             self._number = number
             for user_id in {event.user_id for write in batch for event in write.events}:
-                self._users[user_id] = _one_user(database, user_id, self.config.recent_events)
+                self._users[user_id] = one_user(database, user_id, self.config.recent_events)
         except sqlite3.Error as error:
             _log.exception("%d writes are lost to the event log and were not acknowledged", len(batch))
             for write in batch:
@@ -276,41 +242,6 @@ class SqliteStore:
             return
         for write, outcome in zip(batch, outcomes, strict=True):
             write.done.set_result(outcome)
-
-
-_SCHEMA = f"""
-CREATE TABLE IF NOT EXISTS events (
-  request_id TEXT NOT NULL, slot INTEGER NOT NULL, user_id INTEGER NOT NULL, video_id INTEGER NOT NULL,
-  author_id INTEGER, ts_ms INTEGER NOT NULL, watch_ms INTEGER, duration_ms INTEGER,
-  {", ".join(f'"{signal}" INTEGER' for signal in SIGNALS)}, PRIMARY KEY (request_id, slot));
-CREATE INDEX IF NOT EXISTS events_of_user ON events (user_id, ts_ms);
-CREATE INDEX IF NOT EXISTS events_in_time ON events (ts_ms);
-CREATE TABLE IF NOT EXISTS served (
-  request_id TEXT NOT NULL, slot INTEGER NOT NULL, user_id INTEGER NOT NULL, video_id INTEGER NOT NULL,
-  ts_ms INTEGER NOT NULL, surface TEXT, source TEXT, connected INTEGER, policy_id TEXT, propensity REAL,
-  bundle_version TEXT, PRIMARY KEY (request_id, slot));
-"""
-_EVENT_COLUMNS = ("request_id", "slot", "user_id", "video_id", "author_id", "ts_ms", "watch_ms", "duration_ms")
-_SIGNALS = ", ".join(f'"{signal}"' for signal in SIGNALS)
-_MERGED_COLUMNS = ("watch_ms", *SIGNALS)
-_UPSERT = (  # only our own column names are formatted into SQL
-    f"INSERT INTO events VALUES ({', '.join('?' * (len(_EVENT_COLUMNS) + len(SIGNALS)))}) "  # noqa: S608
-    "ON CONFLICT (request_id, slot) DO UPDATE SET "
-    + ", ".join(
-        f'"{c}" = max(coalesce("{c}", excluded."{c}"), coalesce(excluded."{c}", "{c}"))' for c in _MERGED_COLUMNS
-    )
-)
-"""Feedback that arrives later is added to its impression: a signal once given stays, the longest watch counts."""
-_READ = f"SELECT user_id, video_id, author_id, ts_ms, watch_ms, duration_ms, {_SIGNALS} FROM events"  # noqa: S608
-
-
-def connect(path: Path) -> sqlite3.Connection:
-    """An event log, made when missing."""
-    database = sqlite3.connect(path, check_same_thread=False)
-    database.execute("PRAGMA journal_mode=WAL")
-    database.execute("PRAGMA synchronous=FULL")
-    database.executescript(_SCHEMA + upload_store.SCHEMA)
-    return database
 
 
 def _lock(path: Path) -> TextIO:
@@ -321,52 +252,3 @@ def _lock(path: Path) -> TextIO:
         handle.close()
         raise RuntimeError(f"{path} is open in another process: give each server its own store") from None
     return handle
-
-
-def insert(database: sqlite3.Connection, write: Write) -> LogOutcome:
-    """Slates, events and what is forgotten; of events also what became of them."""
-    for key in {(row.request_id, row.user_id) for row in write.served}:
-        database.execute("DELETE FROM served WHERE request_id = ? AND user_id = ?", key)
-    database.executemany(
-        "INSERT OR IGNORE INTO served VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
-        [tuple(getattr(row, name) for name in ServedRow.__slots__) for row in write.served],
-    )
-    upload_store.forget(database, write.forgotten)
-    stored = merged = conflicting = 0
-    for event in write.events:
-        key = (event.request_id, event.slot)
-        known = database.execute(
-            "SELECT user_id, video_id FROM events WHERE request_id = ? AND slot = ?", key
-        ).fetchone()
-        if known is not None and known != (event.user_id, event.video_id):
-            conflicting += 1
-            continue
-        given = [None if (value := event.signals.get(signal)) is None else int(value) for signal in SIGNALS]
-        database.execute(_UPSERT, [*(getattr(event, name) for name in _EVENT_COLUMNS), *given])
-        stored, merged = (stored + 1, merged) if known is None else (stored, merged + 1)
-    return LogOutcome(stored, merged, conflicting)
-
-
-def _one_user(database: sqlite3.Connection, user_id: int, recent: int) -> UserState:
-    return _state(database.execute(f"{_READ} WHERE user_id = ? ORDER BY ts_ms, rowid", (user_id,)), recent)
-
-
-def _all_users(database: sqlite3.Connection, recent: int) -> dict[int, UserState]:
-    rows = database.execute(f"{_READ} ORDER BY user_id, ts_ms, rowid")
-    return {user_id: _state(group, recent) for user_id, group in itertools.groupby(rows, key=lambda row: row[0])}
-
-
-def _state(rows: Iterable[tuple], recent: int) -> UserState:
-    """Rows of one user as `_READ` gives them, by time."""
-    rows = list(rows)
-    last = rows[-recent:]
-    bits = [sum(1 << s for s in range(len(SIGNALS)) if row[6 + s]) for row in last]
-    follow = 6 + SIGNALS.index("follow")
-    return UserState(
-        video_id_E=np.array([row[1] for row in last], np.int64),
-        ts_ms_E=np.array([row[3] for row in last], np.int64),
-        signals_E=np.array(bits, np.uint8),
-        watch_fraction_E=watch_fraction(*(np.array([row[c] for row in last], np.float64) for c in (4, 5))),
-        seen_ids=np.unique(np.array([row[1] for row in rows], np.int64)),
-        followed_authors=np.unique(np.array([row[2] for row in rows if row[follow] and row[2] is not None], np.int64)),
-    )

@@ -4,21 +4,23 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from serving.store import EventStore, SqliteStore
+from serving.store import EventStore, SqliteStore, StoreConfig
 
 REDIS_SCHEMES = ("redis://", "rediss://", "unix://")
 
 
-def open_store(address: Path | str) -> EventStore:
-    """Raises ValueError for an address that names no store, StoreUnavailableError for one that does not answer."""
-    if is_redis(address):
-        from serving.redis_store import RedisStore  # a server with a store of its own needs no Redis client
+def open_store(address: Path | str, shortlist_share: float = 1.0) -> EventStore:
+    """Raises ValueError for an address that names no store, StoreUnavailableError for one that does not answer.
 
-        return RedisStore(str(address))
+    `shortlist_share`: see `StoreConfig`."""
+    if is_redis(address):
+        from serving.redis_store import RedisConfig, RedisStore  # a store of one's own needs no Redis client
+
+        return RedisStore(str(address), RedisConfig(shortlist_share=shortlist_share))
     if "://" in str(address):
         known = ", ".join(REDIS_SCHEMES)
         raise ValueError(f"--store {address}: give a path of an SQLite file, or an address that begins with {known}")
-    return SqliteStore(Path(address))
+    return SqliteStore(Path(address), StoreConfig(shortlist_share=shortlist_share))
 
 
 def is_redis(address: Path | str) -> bool:

@@ -106,6 +106,10 @@ class OpenBandit:
         )
         yield assemble(rows, requests, (*self.metrics, *self._extra), [str(self._file)])
 
+    def not_judged(self) -> dict[str, int]:
+        """None."""
+        return {}
+
     def outcomes(self) -> pl.LazyFrame:
         """Clicks."""
         return self._rows.lazy().select("user_id", "video_id", "slot", pl.col("click").cast(pl.Float64))
@@ -155,6 +159,10 @@ class RandomExposures:
         parts = int(part_N.max()) + 1
         for i in range(parts):
             yield self._shard(self._rows.filter(pl.Series(part_N == i)), Part(i, parts))
+
+    def not_judged(self) -> dict[str, int]:
+        """None."""
+        return {}
 
     def outcomes(self) -> pl.LazyFrame:
         """The metrics of every row."""

@@ -15,7 +15,7 @@ from pipelines.replay.estimators import CLIPS, SlateSums, Weights, available, na
 from pipelines.replay.guardrails import GUARDRAILS, Exposure, GuardrailResult
 from pipelines.replay.policies import YARDSTICKS, ActionProbabilities, Judged, Logged, Policy, Valued
 from pipelines.replay.reward_model import RewardModel
-from pipelines.replay.sampling import Sampler, conditional, draw_slates
+from pipelines.replay.sampling import Sampler
 from pipelines.replay.slates import Floats, Ints, LoggedRequests, Shard
 from pipelines.replay.slices import SliceResult, judge_slices, slice_sums
 from pipelines.replay.trust import Diagnostics, Thresholds, WeightTally
@@ -147,9 +147,10 @@ class PolicyJudge:
         valued = checked_values(policy, shard.requests)
         if self.first_values_C is None:
             self.first_values_C = valued.values_C
-        found = conditional(valued.values_C, shard.requests, shard.slates, q.sampler, c.lifts)
+        law = valued.law_by(q.sampler)
+        found = law.conditional(shard.requests, shard.slates, c.lifts)
         weights = weigh(shard.slates, found.probability, found.greedy)
-        drawn = draw_slates(valued.values_C, shard.requests, shard.slates, q.sampler)
+        drawn = law.draw(shard.requests, shard.slates)
         blocks: dict[str, Floats] = {}
         if c.model is not None:
             for metric, lift_C in c.lifts.items():

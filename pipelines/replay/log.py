@@ -7,6 +7,7 @@ of any size are read in parts of whole requests (`spill.py`). R requests, N show
 from __future__ import annotations
 
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,9 +16,10 @@ from typing import Protocol
 import numpy as np
 import polars as pl
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from features.schema import CANDIDATES, SIGNALS, VIDEOS
+from features.schema import CANDIDATES, NOT_JUDGED, SESSION_CANDIDATES, SIGNALS, VIDEOS
 from pipelines.replay.checks import ReplayInputError, check_candidates, check_shown, check_slots, refuse_labels
 from pipelines.replay.policies import History
 from pipelines.replay.rewards import METRICS, reward
@@ -44,6 +46,10 @@ class ReplayLog(Protocol):
 
     def outcomes(self) -> pl.LazyFrame:
         """user_id, video_id, slot and one column a metric of every shown row: what a reward model learns from."""
+        ...
+
+    def not_judged(self) -> dict[str, int]:
+        """Requests of the parts read so far that are known to have no candidate set, by reason."""
         ...
 
 
@@ -87,7 +93,9 @@ class CanonicalLog:
         self._start, self._recent = start_ms, recent
         before = pl.scan_parquet(self._files, hive_partitioning=False).filter(pl.col("ts_ms") < start_ms)
         kept = [name for name in ("user_id", "video_id", "author_id", "ts_ms", *SIGNALS) if name in self._columns]
-        self.history = History(events=before.select(kept), videos=self._videos, start_ms=start_ms)
+        everything = pl.scan_parquet(self._files, hive_partitioning=False)
+        self.history = History(events=before.select(kept), videos=self._videos, start_ms=start_ms, log=everything)
+        self._not_judged: Counter[str] = Counter()
         self._scratch = tempfile.TemporaryDirectory(prefix="reelrank-replay-")
         # A request belongs to the window when it was asked in it; what it showed may come later. So the day before is
         # looked at too, to tell requests that began there from those without a candidate set.
@@ -98,9 +106,15 @@ class CanonicalLog:
             Path(self._scratch.name) / "events",
             keep=lambda table: _since(table, start_ms - DAY_MS),
         )
+        self._others = Divided(
+            [path for path in [self._folder / "not_judged.parquet"] if path.exists()],
+            NOT_JUDGED.names,
+            self._parts,
+            Path(self._scratch.name) / "others",
+        )
         self._candidates = Divided(
             [self._candidates_path],
-            CANDIDATES.names,
+            self._candidate_columns,
             self._parts,
             Path(self._scratch.name) / "candidates",
             keep=lambda table: _since(table, start_ms - DAY_MS),
@@ -115,6 +129,7 @@ class CanonicalLog:
             candidates = frame(table if table is not None else CANDIDATES.empty_table())
             check_candidates(candidates, self._candidates_path)
             judged = candidates.filter(pl.col("ts_ms") >= self._start).sort("request_id")
+            events = self._set_aside(events, index)
             rows = self._shown_rows(events, candidates, judged)
             if rows is not None and len(rows):
                 found = True
@@ -132,6 +147,21 @@ class CanonicalLog:
         signals += [_expression(m).alias(m) for m in others]
         return scan.select("user_id", "video_id", "slot", *signals)
 
+    def not_judged(self) -> dict[str, int]:
+        """From `not_judged.parquet`: a server's log says itself what it cannot answer for."""
+        return dict(self._not_judged)
+
+    def _set_aside(self, events: pa.Table | None, index: int) -> pa.Table | None:
+        """The events without those of requests that are known to have no candidate set; the window's are counted."""
+        others = self._others.part(index)
+        if events is None or others is None:
+            return events
+        found = frame(events).join(frame(others).select("request_id", "reason"), on="request_id", how="inner")
+        asked = found.group_by("request_id").agg(pl.col("reason").first(), ts_ms=pl.col("ts_ms").min())
+        self._not_judged.update(asked.filter(pl.col("ts_ms") >= self._start)["reason"].fill_null("unknown").to_list())
+        known = pc.is_in(events["request_id"], value_set=others["request_id"].combine_chunks())  # pyright: ignore[reportAttributeAccessIssue]
+        return events.filter(pc.invert(known))  # pyright: ignore[reportAttributeAccessIssue]
+
     def _check_tables(self) -> None:
         if not self._candidates_path.exists():
             raise ReplayInputError(
@@ -142,6 +172,7 @@ class CanonicalLog:
         if missing:
             raise ReplayInputError(f"{self._candidates_path}: no column {', '.join(missing)}")
         refuse_labels(self._candidates_path, names)
+        self._candidate_columns = [name for name in SESSION_CANDIDATES.names if name in names]
         self._files = sorted((self._folder / "events").glob("**/*.parquet"))
         if not self._files:
             raise ReplayInputError(f"{self._folder / 'events'}: no Parquet files; give the folder that holds events/")
@@ -196,6 +227,7 @@ class CanonicalLog:
             surface=candidates["surface"].to_list(),
             offsets=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
             video_ids=candidates["video_ids"].explode(empty_as_null=False).to_numpy(),
+            session_ids=_session_ids(candidates),
             part=part,
         )
         files = [str(file) for file in self._recent]
@@ -231,6 +263,12 @@ def _locate(video_N: Ints, request_N: Ints, slot_N: Ints, requests: LoggedReques
         hit = np.flatnonzero((row_C >= 0) & (video_N[row_C] == requests.video_ids))
         candidate_N[row_C[hit]] = hit
     return candidate_N
+
+
+def _session_ids(candidates: pl.DataFrame) -> list[list[int]] | None:
+    if "session_ids" not in candidates.columns:
+        return None
+    return [ids or [] for ids in candidates["session_ids"].to_list()]
 
 
 def _since(table: pa.Table, first_ms: int) -> pa.Table:

@@ -15,6 +15,7 @@ from typing import Protocol
 import numpy as np
 import polars as pl
 
+from pipelines.replay.sampling import Law, Sampled, Sampler
 from pipelines.replay.score_files import ActionProbabilities, ScoreFile, open_score_file
 from pipelines.replay.slates import Floats, Ints, LoggedRequests
 
@@ -31,6 +32,8 @@ class History:
     """The canonical videos table; no rows when the dataset has none."""
     start_ms: int = 0
     """The window's first moment."""
+    log: pl.LazyFrame = field(default_factory=pl.LazyFrame)
+    """All the log's events, the window's too: a user's history as of a request, and nothing else, may be made of it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,6 +43,12 @@ class Valued:
     values_C: Floats
     predicted: dict[str, Floats] = field(default_factory=dict)
     """Its predictions by metric (chances of signals, `watch_s` in seconds), one a candidate: judged, not used."""
+    law: Law | None = None
+    """How its values become slates, where it has a way of its own; None: by the run's sampler."""
+
+    def law_by(self, sampler: Sampler) -> Law:
+        """Its own, or else the sampler's."""
+        return self.law or Sampled(values_C=self.values_C, sampler=sampler)
 
 
 class Policy(Protocol):

@@ -45,6 +45,8 @@ class ReplayReport:
     broken: dict[str, list[str]] = field(default_factory=dict)
     """Broken guardrails by policy that would be shipped."""
     self_checks: list[SelfCheck] = field(default_factory=list)
+    not_judged: dict[str, int] = field(default_factory=dict)
+    """Requests of the window that the log itself says have no candidate set, by reason."""
 
     @property
     def exit_code(self) -> int:

@@ -102,6 +102,7 @@ class _Run:
         self.fingerprint, self.halves = Fingerprint(), Totals()
         self.checks: list[SelfCheck] = []
         self.results: list[PolicyResult] = []
+        self.not_judged: dict[str, int] = {}
         self.rows = self.requests = 0
         self.users = np.zeros(0, dtype=np.int64)
         self.first_ms, self.last_ms = 2**63 - 1, 0
@@ -132,6 +133,7 @@ class _Run:
             refused={r.policy: r.refused for r in results if r.refused},
             broken={r.policy: [g.metric for g in r.broken] for r in results if r.broken},
             self_checks=self.checks,
+            not_judged=self.not_judged,
         )
 
 
@@ -167,6 +169,7 @@ def _judge(
                 run.checks.append(constants_leak_no_order(shard, question))
                 run.checks += _shuffled(judges, context, question)
             tell(f"judged {run.rows:,} shown rows of {run.requests:,} requests")
+    run.not_judged = log.not_judged()
     run.results = [judge.result(logged, thresholds, slicer.labels) for judge in judges]
     run.checks += [logger_is_itself(run.results[0]), halves_agree(run.halves, question.metrics[0])]
     return run

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
@@ -47,6 +48,38 @@ class Conditional:
     """1 when the shown video has the highest value left, 1/n when n videos tie for it, else 0."""
     expected: dict[str, Floats]
     """The mean of each given score over what the policy might show here."""
+
+
+class Law(Protocol):
+    """How the values of some requests become slates."""
+
+    def conditional(
+        self, requests: LoggedRequests, slates: Slates, scores_C: Mapping[str, Floats] | None = None
+    ) -> Conditional:
+        """Probability and argmax share of each shown row, and the expectation of `scores_C`, one score a candidate."""
+        ...
+
+    def draw(self, requests: LoggedRequests, slates: Slates, salt: int = 0) -> Ints:
+        """One slate a request, as long as the logged one: [N] flat candidate indices in the rows' order."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sampled:
+    """The run's own sampler over a policy's values."""
+
+    values_C: Floats
+    sampler: Sampler
+
+    def conditional(
+        self, requests: LoggedRequests, slates: Slates, scores_C: Mapping[str, Floats] | None = None
+    ) -> Conditional:
+        """See `conditional`."""
+        return conditional(self.values_C, requests, slates, self.sampler, scores_C)
+
+    def draw(self, requests: LoggedRequests, slates: Slates, salt: int = 0) -> Ints:
+        """See `draw_slates`."""
+        return draw_slates(self.values_C, requests, slates, self.sampler, salt)
 
 
 def conditional(

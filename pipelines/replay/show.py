@@ -31,6 +31,8 @@ def print_report(report: ReplayReport, console: Console | None = None) -> None:
             console.print(f"[bold]refused[/bold]: self-check failed, {check.name}: {check.detail}", highlight=False)
     for policy, reasons in report.refused.items():
         console.print(f"[bold]refused[/bold] {policy}: {'; '.join(reasons)}", highlight=False)
+    for reason, requests in sorted(report.not_judged.items()):
+        console.print(f"{requests:,} requests of the window are not judged: {reason}", highlight=False)
     passed = sum(check.passed for check in report.self_checks)
     console.print(f"{passed} of {len(report.self_checks)} self-checks passed", highlight=False)
     console.print(report.verdict, highlight=False)

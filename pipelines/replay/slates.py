@@ -30,6 +30,8 @@ class LoggedRequests:
     offsets: Ints
     """Request i's candidates are `video_ids[offsets[i]:offsets[i + 1]]`."""
     video_ids: Ints
+    session_ids: list[list[int]] | None = None
+    """Videos that each request's session had shown before, where the log says."""
     part: Part = field(default_factory=Part)
     """Which part of the log these are; files of scores are divided alike."""
 

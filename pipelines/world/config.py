@@ -117,6 +117,48 @@ class LoggerConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class LifeConfig:
+    """What changes with time and with what was shown; by default nothing does."""
+
+    drift: float = 0.0
+    """Standard deviation of a day's step of each of a viewer's tastes. The logger believes the tastes of day 0."""
+    drift_kept: float = 0.9
+    """Share of yesterday's departure that is left: tastes come back to what the viewer is."""
+    satiation: float = 0.0
+    """Affinity lost for each video of the same topic just above in the page."""
+    satiation_kept: float = 0.9
+    """Share of that loss which is left one video further down."""
+    leave_after_skip: float = 0.0
+    """Chance that a video which was skipped, or not looked at, is the last of the page."""
+    leave_after_stay: float = 0.0
+    """Likewise for one that the viewer stayed for."""
+    return_gain: float = 0.0
+    """Tomorrow's visits grow by e to this for a viewer who stays for every video, against one who stays for none."""
+    return_usual: float = 0.3
+    """Share of videos stayed for that leaves visits as they are."""
+    return_hate: float = 5.0
+    """Videos stayed for that one hated video undoes."""
+    return_memory: float = 0.5
+    """Share of yesterday's mood that is kept."""
+
+    def __post_init__(self) -> None:
+        shares = (
+            self.drift_kept,
+            self.satiation_kept,
+            self.leave_after_skip,
+            self.leave_after_stay,
+            self.return_memory,
+        )
+        if not all(0 <= share <= 1 for share in shares) or self.drift < 0:
+            raise ValueError("LifeConfig: drift must be at least 0; *_kept, leave_* and return_memory lie in 0 .. 1")
+
+    @property
+    def leaves(self) -> bool:
+        """Whether pages may end early."""
+        return max(self.leave_after_skip, self.leave_after_stay) > 0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class WorldConfig:
     """One world. Same config, same bytes."""
 
@@ -141,6 +183,7 @@ class WorldConfig:
     ineligible_share: float = 0.03
     response: ResponseConfig = field(default_factory=ResponseConfig)
     logger: LoggerConfig = field(default_factory=LoggerConfig)
+    life: LifeConfig = field(default_factory=LifeConfig)
 
     def __post_init__(self) -> None:
         if not 1 <= self.page_size <= self.n_candidates:
@@ -156,9 +199,11 @@ class WorldConfig:
 
 
 def described(config: WorldConfig | LoggerConfig) -> dict[str, Any]:
-    """The config as JSON has it. A logger of the first kind is described as it was before there were others, so that
-    worlds written before and after are the same bytes."""
+    """The config as JSON has it. A logger of the first kind, and a world without a life, are described as they were
+    before there were others, so that worlds written before and after are the same bytes."""
     fields = asdict(config)
+    if isinstance(config, WorldConfig) and config.life == LifeConfig():
+        del fields["life"]
     logger = fields["logger"] if isinstance(config, WorldConfig) else fields
     if logger["kind"] == LoggerConfig.__dataclass_fields__["kind"].default:
         del logger["kind"]
@@ -168,9 +213,11 @@ def described(config: WorldConfig | LoggerConfig) -> dict[str, Any]:
 def read_config(world_json: Path) -> WorldConfig:
     """The config of a generated dataset, from the `world.json` beside its tables."""
     fields = json.loads(Path(world_json).read_text())["config"]
-    response, logger = fields.pop("response"), fields.pop("logger")
+    response, logger, life = fields.pop("response"), fields.pop("logger"), fields.pop("life", {})
     response["reaction_logits"] = {name: (bias, slope) for name, (bias, slope) in response["reaction_logits"].items()}
-    return WorldConfig(**fields, response=ResponseConfig(**response), logger=LoggerConfig(**logger))
+    return WorldConfig(
+        **fields, response=ResponseConfig(**response), logger=LoggerConfig(**logger), life=LifeConfig(**life)
+    )
 
 
 SCALES: dict[str, WorldConfig] = {
@@ -193,3 +240,10 @@ FAMILIES: dict[str, ResponseConfig] = {
 }
 """Worlds whose people respond differently: lower slots are hardly seen; clickbait pays and disappoints; tastes matter
 less than length and freshness. What holds in one of them only is a property of the simulator."""
+
+LIVES: dict[str, LifeConfig] = {
+    "still": LifeConfig(),
+    "cascade": LifeConfig(leave_after_skip=0.25, leave_after_stay=0.05),
+    "restless": LifeConfig(drift=0.05, satiation=0.7, leave_after_skip=0.15, leave_after_stay=0.03, return_gain=1.5),
+}
+"""Worlds in which more or less happens: nothing; people leave, sooner after a skip; and everything at once."""

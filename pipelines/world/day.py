@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from pipelines.world.config import DAY_MS, HOUR_MS, START_MS, WorldConfig
+from pipelines.world.life import leaving, satiation
 from pipelines.world.logger import Candidates, Logger, draw_page
 from pipelines.world.population import Population, stream
 from pipelines.world.responses import draw, engagement
@@ -18,7 +19,7 @@ from pipelines.world.responses import draw, engagement
 _CHUNK = 20_000
 """Requests at a time: bounds the memory of a round."""
 
-_SWIPE_MS = 300
+SWIPE_MS = 300
 """Between one video's end and the next one's start."""
 
 _PAUSE_MS = 5_000
@@ -41,13 +42,16 @@ class Pages:
     propensity_BS: np.ndarray
     ts_ms_BS: np.ndarray
     outcome_BS: dict[str, np.ndarray]
+    reached_BS: np.ndarray
+    """False below the slot where the viewer left: what was not reached was not shown."""
 
 
-def run_day(config: WorldConfig, world: Population, logger: Logger, day: int) -> list[Pages]:
+def run_day(config: WorldConfig, world: Population, logger: Logger, day: int, pull_U: np.ndarray) -> list[Pages]:
+    """`pull_U`: factor of each user's visits, by how gladly they come back."""
     rng = stream(config, 7, day)
-    opens_ms_UR = _open_times(config, world, rng)
+    opens_ms_UR = _open_times(config, world.users.requests_per_day_U * pull_U, rng)
     # A page that could run past midnight is not opened: its events would belong to two days.
-    last_start_ms = DAY_MS - config.page_size * (2 * int(world.videos.duration_ms_V.max()) + _SWIPE_MS)
+    last_start_ms = DAY_MS - config.page_size * (2 * int(world.videos.duration_ms_V.max()) + SWIPE_MS)
     free_from_ms_U = np.zeros(config.n_users)
     rounds: list[Pages] = []
     for turn in range(opens_ms_UR.shape[1]):
@@ -63,9 +67,9 @@ def run_day(config: WorldConfig, world: Population, logger: Logger, day: int) ->
     return rounds
 
 
-def _open_times(config: WorldConfig, world: Population, rng: np.random.Generator) -> np.ndarray:
+def _open_times(config: WorldConfig, rate_U: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """(U, R) milliseconds into the day at which each user opens the feed, in order, infinite where not."""
-    count_U = np.minimum(rng.poisson(world.users.requests_per_day_U), config.max_requests_per_day)
+    count_U = np.minimum(rng.poisson(rate_U), config.max_requests_per_day)
     reach = np.concatenate([[0.0], np.cumsum(_HOURLY)]) / _HOURLY.sum()
     draw_UR = rng.random((config.n_users, config.max_requests_per_day))
     opens_ms_UR = np.floor(np.interp(draw_UR, reach, np.arange(len(reach)) * HOUR_MS))
@@ -98,11 +102,17 @@ def _serve_pages(
     user_BS = np.broadcast_to(user_B[:, None], video_BS.shape)
     logger.show(user_BS, video_BS)
     ts_ms_BS, outcomes, now_ms_B = np.empty_like(video_BS), [], ts_ms_B
+    tired_BS = satiation(world.videos.topic_V[video_BS], config.life)
+    reached_BS = np.ones(video_BS.shape, dtype=bool)
     for slot in range(config.page_size):
         ts_ms_BS[:, slot] = now_ms_B
-        e = engagement(world, config, user_B, video_BS[:, slot], now_ms_B, np.full(len(user_B), slot))
+        slot_B = np.full(len(user_B), slot)
+        e = engagement(world, config, user_B, video_BS[:, slot], now_ms_B, slot_B, tired_BS[:, slot])
         outcomes.append(draw(e, config.response, rng))
-        now_ms_B = now_ms_B + outcomes[-1]["watch_ms"] + _SWIPE_MS
+        now_ms_B = now_ms_B + outcomes[-1]["watch_ms"] + SWIPE_MS
+        if config.life.leaves and slot + 1 < config.page_size:
+            gone_B = rng.random(len(user_B)) < leaving(outcomes[-1]["click"], config.life)
+            reached_BS[gone_B, slot + 1 :] = False
     return Pages(
         user_B=user_B,
         ts_ms_B=ts_ms_B,
@@ -113,4 +123,5 @@ def _serve_pages(
         propensity_BS=propensity_BS,
         ts_ms_BS=ts_ms_BS,
         outcome_BS={name: np.stack([o[name] for o in outcomes], axis=1) for name in outcomes[0]},
+        reached_BS=reached_BS,
     )

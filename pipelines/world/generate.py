@@ -19,6 +19,7 @@ from features.schema import CANDIDATES, EVENTS, SIGNALS
 from pipelines.world.config import DAY_MS, START_MS, WorldConfig, described
 from pipelines.world.day import Pages, run_day
 from pipelines.world.ids import opaque_ids
+from pipelines.world.life import Returning
 from pipelines.world.logger import Logger
 from pipelines.world.population import Population, populate
 from pipelines.world.responses import examination
@@ -57,22 +58,23 @@ def generate(
     pq.write_table(users_table(world.users), out_dir / "users.parquet", **_PARQUET)
     pq.write_table(videos_table(config, world), out_dir / "videos.parquet", **_PARQUET)
     logger = Logger(config, world)
+    returning = Returning(config.n_users, config.life)
     totals, n_requests, n_events = dict.fromkeys((*SIGNALS, "watch_ms"), 0), 0, 0
     followed: list[np.ndarray] = []
     with pq.ParquetWriter(out_dir / "candidates.parquet", CANDIDATES, **_PARQUET) as candidates_file:
         for day in range(config.n_days):
             logger.start_day(day)
-            rounds = run_day(config, world, logger, day)
+            rounds = run_day(config, world, logger, day, returning.pull_U)
             request_ids = _request_ids(config, n_requests, rounds)
             events = _events_table(config, world, logger, rounds, request_ids)
             _write_day(events, out_dir, day)
             if day >= config.n_days - config.candidate_days:
                 candidates_file.write_table(_candidates_table(world, rounds, request_ids))
             followed.append(_day_follows(config, world, rounds))
-            _learn(logger, rounds, followed[-1][0])
+            _learn(logger, returning, rounds, followed[-1][0])
             n_requests, n_events = n_requests + sum(len(p.user_B) for p in rounds), n_events + events.num_rows
             for name in totals:
-                totals[name] += sum(int(p.outcome_BS[name].sum()) for p in rounds)
+                totals[name] += sum(int(p.outcome_BS[name][p.reached_BS].sum()) for p in rounds)
             if on_progress is not None:
                 on_progress(day + 1, config.n_days, n_events)
     follows = follows_table(config, world, np.concatenate(followed, axis=1))
@@ -110,7 +112,8 @@ def _events_table(
     user = _flat([np.repeat(p.user_B, S) for p in rounds])
     ts_ms = _flat([p.ts_ms_BS for p in rounds])
     order = np.lexsort((user, ts_ms))
-    videos, n = world.videos, len(video)
+    order = order[_flat([p.reached_BS for p in rounds]).astype(bool)[order]]
+    videos, n = world.videos, len(order)
     request = pa.chunked_array(request_ids, pa.string()).take(pa.array(order // S))
     source = pa.DictionaryArray.from_arrays(_flat([p.source_BS for p in rounds])[order], list(logger.source_names))
     columns = {
@@ -154,7 +157,7 @@ def _candidates_table(world: Population, rounds: list[Pages], request_ids: list[
 
 def _day_follows(config: WorldConfig, world: Population, rounds: list[Pages]) -> np.ndarray:
     """(2, F): user_row * n_authors + author_row, and the time, of the day's follow events in order of time."""
-    hit = _flat([p.outcome_BS["follow"] for p in rounds]).astype(bool)
+    hit = _flat([p.outcome_BS["follow"] * p.reached_BS for p in rounds]).astype(bool)
     user = _flat([np.repeat(p.user_B, config.page_size) for p in rounds])[hit]
     author = world.videos.author_V[_flat([p.video_BS for p in rounds])[hit]]
     ts_ms = _flat([p.ts_ms_BS for p in rounds])[hit]
@@ -162,9 +165,14 @@ def _day_follows(config: WorldConfig, world: Population, rounds: list[Pages]) ->
     return np.stack([user * config.n_authors + author, ts_ms])[:, order]
 
 
-def _learn(logger: Logger, rounds: list[Pages], follow_keys: np.ndarray) -> None:
-    long_view = _flat([p.outcome_BS["long_view"] for p in rounds])
-    logger.learn(_flat([p.video_BS for p in rounds]), long_view, follow_keys)
+def _learn(logger: Logger, returning: Returning, rounds: list[Pages], follow_keys: np.ndarray) -> None:
+    def shown(of_pages: list[np.ndarray]) -> np.ndarray:
+        return _flat([array[pages.reached_BS] for array, pages in zip(of_pages, rounds, strict=True)])
+
+    outcome = {name: shown([p.outcome_BS[name] for p in rounds]) for name in ("long_view", "click", "hate")}
+    logger.learn(shown([p.video_BS for p in rounds]), outcome["long_view"], follow_keys)
+    user = shown([np.broadcast_to(p.user_B[:, None], p.video_BS.shape) for p in rounds])
+    returning.learn(user, outcome["click"], outcome["hate"])
 
 
 def _flat(parts: list[np.ndarray]) -> np.ndarray:

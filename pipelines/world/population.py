@@ -11,6 +11,7 @@ import numpy as np
 
 from pipelines.world.config import DAY_MS, START_MS, WorldConfig
 from pipelines.world.ids import opaque_ids
+from pipelines.world.life import day_of, tastes_by_day
 
 REGIONS = ("north", "south", "east", "west", "islands")
 AGE_BUCKETS = ("13-17", "18-24", "25-34", "35-44", "45+")
@@ -76,6 +77,14 @@ class Population:
     videos: Videos
     fan_keys: np.ndarray
     """Sorted `user_row * n_authors + author_row` of the follows made before the log began."""
+    taste_DUK: np.ndarray | None = None
+    """Each day's tastes, and those of the day after the log; None where tastes do not drift."""
+
+    def taste(self, user_B: np.ndarray, topic_B: np.ndarray, ts_ms_B: np.ndarray) -> np.ndarray:
+        """What users (rows) think of topics at an instant."""
+        if self.taste_DUK is None:
+            return self.users.taste_UK[user_B, topic_B]
+        return self.taste_DUK[day_of(ts_ms_B, len(self.taste_DUK)), user_B, topic_B]
 
 
 def stream(config: WorldConfig, *place: int) -> np.random.Generator:
@@ -87,9 +96,10 @@ def populate(config: WorldConfig) -> Population:
     users = draw_users(config, stream(config, 1))
     authors = draw_authors(config, stream(config, 2))
     videos = draw_videos(config, authors, stream(config, 3))
-    return Population(
-        users=users, authors=authors, videos=videos, fan_keys=draw_fans(config, users, authors, stream(config, 4))
-    )
+    fan_keys, drifting = draw_fans(config, users, authors, stream(config, 4)), None
+    if config.life.drift:
+        drifting = tastes_by_day(users.taste_UK, config.n_days + 1, config.life, stream(config, 8))
+    return Population(users=users, authors=authors, videos=videos, fan_keys=fan_keys, taste_DUK=drifting)
 
 
 def draw_users(config: WorldConfig, rng: np.random.Generator) -> Users:

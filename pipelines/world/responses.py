@@ -59,8 +59,8 @@ def affinity(
 ) -> np.ndarray:
     """How much the user (row) would like the video (row) at the time; a deterministic function, about -2 to 3."""
     users, videos = world.users, world.videos
-    match_B = users.taste_UK[user_B, videos.topic_V[video_B]] * videos.topic_weight_V[video_B]
-    match_B = match_B + users.taste_UK[user_B, videos.second_topic_V[video_B]] * videos.second_weight_V[video_B]
+    match_B = world.taste(user_B, videos.topic_V[video_B], ts_ms_B) * videos.topic_weight_V[video_B]
+    match_B = match_B + world.taste(user_B, videos.second_topic_V[video_B], ts_ms_B) * videos.second_weight_V[video_B]
     stretch_B = np.log(videos.duration_ms_V[video_B]) - users.log_duration_U[user_B]
     age_ms_B = np.maximum(ts_ms_B - videos.upload_ts_ms_V[video_B], 0)
     return (
@@ -79,12 +79,14 @@ def engagement(
     video_B: np.ndarray,
     ts_ms_B: np.ndarray,
     slot_B: np.ndarray,
+    tired_B: np.ndarray | float = 0.0,
 ) -> Engagement:
-    """Rows of users and videos, times and slots in; everything an outcome depends on out."""
+    """Rows of users and videos, times, slots and the affinity lost to what was shown above in; everything an outcome
+    depends on out."""
     videos = world.videos
     return engagement_at(
         config.response,
-        affinity(world, config.response, user_B, video_B, ts_ms_B),
+        affinity(world, config.response, user_B, video_B, ts_ms_B) - tired_B,
         videos.clickbait_V[video_B],
         videos.duration_ms_V[video_B],
         is_fan(world, user_B, videos.author_V[video_B]),

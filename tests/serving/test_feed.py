@@ -17,7 +17,9 @@ from serving.feed import Feed
 from serving.hydrate import hydrate, model_inputs
 from serving.limits import InvalidRequestError
 from serving.messages import Event, FeedRequest, Level
-from serving.store import NOTHING_KNOWN, NoStore, SqliteStore
+from serving.records import NOTHING_KNOWN, Shortlist
+from serving.rerank import rerank, slate_chance
+from serving.store import NoStore, SqliteStore
 from serving.trace import Deadline, DeadlineExpiredError, StageCosts
 
 HOUR_MS = 3_600_000
@@ -218,10 +220,42 @@ def test_replay_values_are_those_of_the_online_ranker(world, bundle, store):
     candidates = [*bundle.videos.ids[5:25].tolist(), 12345]
     ranked = feed.rank(user, candidates, "main", world.now_ms)
     log(store, event(user, candidates[0], world.now_ms, like=True))
-    replayed = feed.value_candidates(user, world.now_ms, "main", np.array(candidates))
-    assert replayed.tobytes() == ranked.value_N.tobytes()
+
+    def replayed(ts_ms: int) -> np.ndarray:
+        asked = Shortlist("r", user, ts_ms, "main", np.array(candidates), np.zeros(0, np.int64))
+        return rerank(bundle, store.user(user), asked).value_K
+
+    assert replayed(world.now_ms).tobytes() == ranked.value_N.tobytes()
     assert ranked.unknown.tolist() == [20]
-    assert feed.value_candidates(user, world.now_ms + 1, "main", np.array(candidates)).tolist() != replayed.tolist()
+    assert replayed(world.now_ms + 1).tolist() != replayed(world.now_ms).tolist()
+
+
+def test_a_slate_has_the_same_propensities_among_what_it_was_drawn_from(world, bundle):
+    """The kept shortlist, of one page and of the page after it, is all that replay needs."""
+
+    class Keeping(NoStore):
+        def log_served(self, rows, shortlist=None):
+            self.rows, self.shortlist = rows, shortlist
+
+    narrow = replace(bundle.config.arrange, top_m=15, duplicate_cosine=0.99)
+    kept, bundle = Keeping(), replace(bundle, config=replace(bundle.config, arrange=narrow))
+    feed, token = Feed(bundle, kept), b""
+    for number in range(8):
+        request = FeedRequest(
+            user_id=int(bundle.users.ids[number]), request_id=f"q{number}", now_ms=world.now_ms, page_token=token
+        )
+        page = feed.get_feed(request)
+        shortlist = kept.shortlist
+        pool = next(stage.received for stage in page.stages if stage.name == "arrange")
+        assert 15 <= len(shortlist.video_id_K) < pool / 2, "not the whole pool"
+        again = rerank(bundle, NOTHING_KNOWN, shortlist)
+        order = np.array([shortlist.video_id_K.tolist().index(item.video_id) for item in page.items])
+        found = [p[considered == item].sum() for item, (considered, p) in zip(order, again.along(order), strict=True)]
+        assert found == pytest.approx([item.propensity for item in page.items], rel=1e-5)
+        assert again.draw(10, slate_chance(f"q{number}")).order_S.tolist() == order.tolist()
+        token = page.next_page_token if number % 2 == 0 else b""
+    feed.get_feed(replace(request, explore=False))
+    assert kept.shortlist is None, "nothing can be learnt from a page without exploration"
 
 
 def test_a_score_does_not_depend_on_the_candidates_beside_it(world, bundle):
@@ -308,7 +342,7 @@ def test_a_stage_skipped_long_enough_is_tried_again():
 
 def test_the_slate_is_logged_as_it_was_answered(world, bundle):
     class Keeping(NoStore):
-        def log_served(self, rows):
+        def log_served(self, rows, shortlist=None):
             self.rows = rows
 
     kept = Keeping()

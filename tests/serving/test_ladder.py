@@ -153,7 +153,7 @@ def test_only_one_answer_of_a_request_is_given_and_logged(world, bundle):
         def __init__(self) -> None:
             self.policies: list[str] = []
 
-        def log_served(self, rows):
+        def log_served(self, rows, shortlist=None):
             self.policies.append(rows[0].policy_id)
 
     kept = Keeping()

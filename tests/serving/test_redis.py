@@ -20,8 +20,9 @@ from serving.client import FeedClient
 from serving.export import export_events
 from serving.feed import Feed
 from serving.messages import Event, FeedRequest, Level, LogOutcome, Video
+from serving.records import NOTHING_KNOWN, ServedRow, Shortlist, UserState
 from serving.redis_store import RedisConfig, RedisStore
-from serving.store import NOTHING_KNOWN, ServedRow, SqliteStore, StoreConfig, StoreUnavailableError, UserState
+from serving.store import SqliteStore, StoreConfig, StoreUnavailableError
 from serving.stores import open_store
 from serving.upload_store import Said
 
@@ -78,6 +79,10 @@ def served(slot: int, propensity: float, request_id: str = "r1", user_id: int = 
     return ServedRow(request_id, slot, user_id, slot + 2, T_MS, "main", "ann", False, "p1", propensity, "v1")
 
 
+def shortlist(user_id: int, videos: list[int]) -> Shortlist:
+    return Shortlist("r1", user_id, T_MS - 3, "main", np.array(videos, np.int64), np.array([-4], np.int64))
+
+
 def sure(call):
     """Once Redis is back, each kind of access is tried again after a moment; ended by the test's time limit."""
     while True:
@@ -123,17 +128,28 @@ def test_recent_events_are_bounded_while_every_video_stays_seen(server):
 
 def test_a_slate_meets_its_event_with_its_propensity_and_nobody_overwrites_anothers(store, server, tmp_path):
     store.log_served([served(0, 0.25), served(1, 0.5)])
-    store.log_served([served(0, 0.75)])
-    store.log_served([served(1, 0.9, user_id=2)])
+    store.log_served([served(0, 0.75)], shortlist(1, videos=[2, 3, 2**62]))
+    store.log_served([served(1, 0.9, user_id=2)], shortlist(2, videos=[9]))
     store.log_served([served(0, 0.3, request_id="unanswered")])
     events = [Event(request_id="r1", slot=s, user_id=1, video_id=s + 2, ts_ms=T_MS) for s in (0, 1)]
     store.log_events(events).result(timeout=20)
     assert export_events(server.url, tmp_path / "out") == 2
     rows = pq.read_table(tmp_path / "out" / "events").to_pylist()
     assert [(row["slot"], row["propensity"]) for row in rows] == [(0, 0.75), (1, None)]
+    assert pq.read_table(tmp_path / "out" / "candidates.parquet").num_rows == 0, "slot 1 is not of the slate"
     ttl = server.client().ttl
     assert ttl("reelrank:v:r1") == -1, "what an event has answered stays"
     assert 0 < ttl("reelrank:v:unanswered") <= QUICK.slate_kept_s
+
+
+def test_what_a_slate_was_drawn_from_comes_back_with_it(store, server, tmp_path):
+    store.log_served([served(0, 0.75)], shortlist(1, videos=[2, 3, 2**62]))
+    store.log_served([served(0, 0.9, user_id=2)], shortlist(2, videos=[9]))
+    store.log_events([Event(request_id="r1", slot=0, user_id=1, video_id=2, ts_ms=T_MS)]).result(timeout=20)
+    assert export_events(server.url, tmp_path / "out") == 1
+    (row,) = pq.read_table(tmp_path / "out" / "candidates.parquet").to_pylist()
+    assert (row["user_id"], row["video_ids"], row["session_ids"]) == (1, [2, 3, 2**62], [-4])
+    assert (row["ts_ms"], row["surface"]) == (T_MS - 3, "main")
 
 
 def test_uploads_and_removals_keep_their_order_and_what_was_known(store):

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from features.schema import EVENTS, SIGNALS
+from features.schema import EVENTS, SESSION_CANDIDATES, SIGNALS
 from serving.export import export_events
 from serving.messages import Event, LogOutcome
-from serving.store import NOTHING_KNOWN, ServedRow, SqliteStore, StoreConfig
+from serving.records import NOTHING_KNOWN, ServedRow, Shortlist
+from serving.store import SqliteStore, StoreConfig
 
 USER, VIDEO, AUTHOR = 2**60 + 1, 2**58 + 7, -(2**59)
 T_MS = 1_700_000_000_000
@@ -123,3 +127,60 @@ def test_nobody_overwrites_the_slate_of_another_user(store, tmp_path):
     log(store, event(0))
     export_events(tmp_path / "log" / "events.sqlite", tmp_path / "out")
     assert pq.read_table(tmp_path / "out" / "events")["propensity"].to_pylist() == [0.25]
+
+
+def shortlist(request_id: str = "r1", user_id: int = USER, videos=(VIDEO, VIDEO + 1, -7), session=(VIDEO + 50,)):
+    ids = (np.array(videos, np.int64), np.array(session, np.int64))
+    return Shortlist(request_id, user_id, T_MS - 5, "main", *ids)
+
+
+def exported(store_path, out) -> tuple[list[dict], list[tuple]]:
+    export_events(store_path, out)
+    candidates = pq.read_table(out / "candidates.parquet", page_checksum_verification=True)
+    assert candidates.schema.names == SESSION_CANDIDATES.names
+    others = pq.read_table(out / "not_judged.parquet").to_pylist()
+    return candidates.to_pylist(), [(row["request_id"], row["reason"]) for row in others]
+
+
+def test_every_request_of_an_export_has_what_it_chose_from_or_the_reason_why_not(store, tmp_path):
+    store.log_served([served(0, 0.25)], shortlist())
+    store.log_served([served(0, 0.9, "nobody answered")], shortlist("nobody answered"))
+    store.log_served([served(0, 0.25, "no list")], None)
+    store.log_served([replace(served(0, 1.0, "greedy"), policy_id="p1/greedy")], None)
+    store.log_served([served(0, 0.25, "another video")], shortlist("another video"))
+    log(store, event(0), event(0, request_id="no list"), event(0, request_id="greedy"))
+    log(store, event(0, request_id="another video", video_id=VIDEO + 9), event(0, request_id="elsewhere"))
+    candidates, others = exported(tmp_path / "log" / "events.sqlite", tmp_path / "out")
+    (row,) = candidates
+    assert row == {
+        "request_id": "r1", "user_id": USER, "ts_ms": T_MS - 5, "surface": "main",
+        "video_ids": [VIDEO, VIDEO + 1, -7], "session_ids": [VIDEO + 50],
+    }  # fmt: skip
+    assert others == [
+        ("no list", "no candidate set kept"),
+        ("greedy", "served without exploration"),
+        ("another video", "not of a served slate"),
+        ("elsewhere", "not of a served slate"),
+    ]
+
+
+def test_what_a_slate_was_drawn_from_is_replaced_with_it_and_by_nobody_else(store, tmp_path):
+    store.log_served([served(0, 0.25)], shortlist(videos=(VIDEO, 1)))
+    store.log_served([served(0, 0.75)], shortlist(videos=(VIDEO, 2)))
+    store.log_served([served(0, 0.9, user_id=USER + 1)], shortlist(user_id=USER + 1, videos=(VIDEO, 3)))
+    log(store, event(0))
+    candidates, _ = exported(tmp_path / "log" / "events.sqlite", tmp_path / "out")
+    assert [row["video_ids"] for row in candidates] == [[VIDEO, 2]]
+
+
+def test_a_share_of_the_shortlists_is_kept_by_request_and_not_by_slate(tmp_path):
+    store = SqliteStore(tmp_path / "events.sqlite", StoreConfig(shortlist_share=0.3))
+    for number in range(400):
+        store.log_served([served(0, 0.5, f"r{number}")], shortlist(f"r{number}"))
+    log(store, *(event(0, request_id=f"r{number}") for number in range(400)))
+    store.close()
+    candidates, others = exported(tmp_path / "events.sqlite", tmp_path / "out")
+    kept = {row["request_id"] for row in candidates}
+    assert kept == {f"r{number}" for number in range(400) if StoreConfig(shortlist_share=0.3).keeps(f"r{number}")}
+    assert abs(len(kept) - 120) < 5 * (400 * 0.3 * 0.7) ** 0.5
+    assert len(kept) + len(others) == 400

@@ -1,8 +1,8 @@
 """Daily warm starts beside a full retrain and a model that is never trained again: quality and cost, day by day.
 
-    python -m benchmarks.incremental [--scale smoke] [--days 16] [--first 8] [--json FILE]
+    python -m benchmarks.incremental [--scale smoke] [--days 20] [--first 14] [--json FILE]
 
-Every day D of the simulated world three models answer for it; what is trained or counted ends before it, and
+Every day D of a simulated world in which tastes drift three models answer for it; what is trained or counted ends before it, and
 calibration is fitted on the day before:
 - `full`: both models trained anew on all days up to D - 2
 - `daily`: yesterday's models trained on with day D - 2 alone; the first is the full one
@@ -42,7 +42,7 @@ from pipelines.recipes import Recipe, Split, recipe
 from pipelines.run import machine
 from pipelines.trainer import fit
 from pipelines.warm_start import WarmStart
-from pipelines.world import SCALES, generate
+from pipelines.world import SCALES, LifeConfig, generate
 from ranking.infer import Ranker
 from ranking.train import RankerTask
 
@@ -69,15 +69,23 @@ def main() -> None:
     """Generate the world, train three ways day by day, print."""
     parser = argparse.ArgumentParser(prog="benchmarks.incremental", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--scale", choices=SCALES, default="smoke")
-    parser.add_argument("--days", type=int, default=16, help="days of the world")
-    parser.add_argument("--first", type=int, default=8, help="days of the log when the first models are trained")
+    parser.add_argument("--days", type=int, default=20, help="days of the world")
+    parser.add_argument("--first", type=int, default=14, help="days of the log when the first models are trained")
+    parser.add_argument("--drift", type=float, default=0.05, help="daily change of every taste; see LifeConfig")
     parser.add_argument("--every", type=int, default=2, help="a full retrain every so many days")
     parser.add_argument("--lr-share", type=float, default=IncrementalConfig().lr_share)
     parser.add_argument("--work", type=Path, default=Path("runs/incremental"))
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     console = output()
-    world = replace(SCALES[options.scale], n_days=options.days, n_videos=SCALES[options.scale].n_videos * 3 // 2)
+    scale = SCALES[options.scale]
+    uploads_a_day = scale.n_videos / (scale.stock_days + scale.n_days)
+    world = replace(
+        scale,
+        n_days=options.days,
+        n_videos=round(uploads_a_day * (scale.stock_days + options.days)),
+        life=LifeConfig(drift=options.drift),
+    )
     logs = options.work / "world"
     shutil.rmtree(options.work, ignore_errors=True)
     generate(world, logs)

@@ -33,12 +33,13 @@ from candidate_gen.train import index_instant
 from features.dataset import Dataset
 from features.entities import Entities
 from features.inputs import age_features
-from pipelines import stages
 from pipelines.adapters.canonical import CanonicalAdapter
-from pipelines.cluster import ClusterConfig, cluster
 from pipelines.console import Stages
+from pipelines.day import Day
 from pipelines.embed import embed, opened, split_rows, tower_digest
 from pipelines.evaluate_retrieval import make_queries, user_vectors
+from pipelines.execute import execute
+from pipelines.plan import Selection
 from pipelines.recipes import recipe
 from pipelines.workspace import Workspace
 from pipelines.world import SCALES, generate
@@ -85,13 +86,8 @@ def trained_world(root: Path, scale: str, shown: Stages) -> Workspace:
     ws = Workspace.create(root, recipe(f"world-{scale}"))
     with shown.stage("generate") as stage:
         generate(SCALES[scale], ws.root / "raw", lambda *told: stage.progress(" ".join(map(str, told))))
-    with cluster(ClusterConfig()):
-        with shown.stage("ingest") as stage:
-            stages.ingest(ws, CanonicalAdapter(ws.root / "raw"), stage)
-        with shown.stage("examples") as stage:
-            stages.examples(ws, stage)
-        with shown.stage("train") as stage:
-            stages.train_models(ws, stage, ("towers",))
+    day = Day(ws=ws, adapter=CanonicalAdapter(ws.root / "raw"))
+    execute(day, shown, Selection(only=("ingest", "examples", "train-towers")))
     return ws
 
 

@@ -6,7 +6,6 @@ index (row 0 is never returned). Q queries, K results, D width, L lists.
 
 from __future__ import annotations
 
-import json
 import multiprocessing
 import os
 import time
@@ -69,12 +68,10 @@ def build(corpus: Corpus, n: int, folder: Path, config: IndexConfig = CONFIG) ->
     shards, query_QD = CorpusShards(corpus.folder, n), corpus.train_queries(10_000)
     build_it = partial(build_index, shards, n + 1, config, folder, query_QD=query_QD, on_progress=_Teller())
     if len(shards.counts) == 1:
-        build_it()
-    else:
-        os.environ.update(OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1")  # for the processes started below
-        with ProcessPoolExecutor(THREADS, mp_context=multiprocessing.get_context("spawn")) as pool:
-            build_it(parallel=pool.map)
-    return json.loads((folder / "index.json").read_text())["build_s"]
+        return build_it()
+    os.environ.update(OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1")  # for the processes started below
+    with ProcessPoolExecutor(THREADS, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return build_it(parallel=pool.map)
 
 
 class _Teller:
@@ -124,7 +121,7 @@ def build_layout(corpus: Corpus, n: int, folder: Path) -> dict[str, float]:
     files = digests(folder, sorted(path.name for path in folder.iterdir()))
     described = {"kind": "ivf", "videos": n, "n_rows": n + 1, "lists": lists, "config": asdict(config)}
     seconds = {"train": trained_at - start, "draw and write": time.perf_counter() - trained_at}
-    describe(folder, {**described, "files": files, "build_s": seconds})
+    describe(folder, {**described, "files": files})
     return seconds
 
 

@@ -24,6 +24,8 @@ from datetime import UTC, datetime
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from features.digests import content_sha256
+
 MANIFEST_FORMAT = 1
 MANIFEST = "manifest.json"
 MANIFEST_DIGEST = "manifest.sha256"
@@ -47,6 +49,11 @@ class Bundle:
     created: str
     meta: dict[str, Any]
     files: dict[str, dict[str, Any]]
+
+    @property
+    def content_sha256(self) -> str:
+        """Bundles of equal files have the same, whenever and wherever they were made; it stands in the manifest."""
+        return content_sha256({name: entry["sha256"] for name, entry in self.files.items()})
 
     def path(self, name: str) -> Path:
         """The file `name`, which must be listed in the manifest."""
@@ -277,6 +284,7 @@ def _write_manifest(
         "version": version,
         "created": now.isoformat(timespec="milliseconds"),
         "meta": dict(meta),
+        "content_sha256": content_sha256({name: entry["sha256"] for name, entry in files.items()}),
         "files": files,
     }
     try:

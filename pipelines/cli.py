@@ -9,12 +9,13 @@ from __future__ import annotations
 import logging
 import os
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from pipelines.exits import EXIT_INPUT, EXIT_REFUSED, exit_code, message
 from pipelines.replay_commands import replay_app
+from pipelines.run_commands import Device, Overrides, Run, evaluate, index_build, ingest, publish, run, train
 
 app = typer.Typer(
     name="reelrank",
@@ -32,25 +33,10 @@ CALM_THREADS = {"OMP_WAIT_POLICY": "PASSIVE", "OPENBLAS_NUM_THREADS": "1"}
 """Threads that wait must not spin: beside another process on the same cores, spinning cost 5 to 20 times the work.
 Read by the libraries as they load, so set before anything is imported; Ray's workers inherit them."""
 
-Run = Annotated[Path, typer.Option("--run", help="The run's folder.", show_default=False)]
-Registry = Annotated[
-    Path | None, typer.Option("--registry", help="Where bundles are published. Default: RUN/registry.")
-]
-RecipeName = Annotated[str, typer.Option("--recipe", help="A named recipe; `reelrank recipes` lists them.")]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Option("--set", help="Change one field of the recipe, e.g. --set ranker_train.epochs=3. Repeatable."),
-]
-Data = Annotated[
-    Path,
-    typer.Option("--data", help="A folder of KuaiRand's CSV files or of canonical tables, or a mapping file (.toml)."),
-]
-Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")]
 Ca = Annotated[Path | None, typer.Option("--ca", help="PEM of whoever signed the server's certificate; turns TLS on.")]
 Cert = Annotated[Path | None, typer.Option("--cert", help="This client's certificate, where the server asks for one.")]
 Key = Annotated[Path | None, typer.Option("--key", help="Its key.")]
 TokenFile = Annotated[Path | None, typer.Option("--token-file", help="File whose first token is sent.")]
-Force = Annotated[bool, typer.Option("--force", help="Publish although the gate refuses; noted in the manifest.")]
 
 
 @app.command()
@@ -64,67 +50,9 @@ def demo(
     run_demo(scale, out or Path("runs") / f"demo-{scale}")
 
 
-@app.command()
-def run(
-    recipe: RecipeName,
-    data: Data,
-    out: Annotated[Path | None, typer.Option(help="Folder of the run. Default: runs/RECIPE.")] = None,
-    registry: Registry = None,
-    overrides: Overrides = None,
-    force: Force = False,
-    feed_users: Annotated[int, typer.Option(help="Then serve the bundle and fetch a feed for this many users.")] = 3,
-) -> None:
-    """The whole day on real logs: ingest, train, index, evaluate, gate, publish; then fetch a feed over gRPC."""
-    from pipelines.adapters.detect import open_adapter
-    from pipelines.console import Stages
-    from pipelines.run import run as run_all
-    from pipelines.show import fetch_feeds, finish
-
-    workspace = _create(recipe, out, overrides, registry)
-    shown = Stages()
-    record = run_all(workspace, open_adapter(data), shown, force=force)
-    fetch_feeds(workspace, record, shown, feed_users)
-    finish(workspace, record)
-
-
-@app.command()
-def ingest(
-    data: Data,
-    recipe: RecipeName,
-    out: Annotated[Path | None, typer.Option("--run", help="Folder of the run. Default: runs/RECIPE.")] = None,
-    overrides: Overrides = None,
-) -> None:
-    """Read, validate and encode logs; bad rows are quarantined and counted. Starts a run folder."""
-    from pipelines import stages
-    from pipelines.adapters.detect import open_adapter
-    from pipelines.console import Stages
-
-    workspace, shown = _create(recipe, out, overrides, None), Stages()
-    with shown.stage("ingest") as stage:
-        stages.ingest(workspace, open_adapter(data), stage)
-    with shown.stage("examples") as stage:
-        stages.examples(workspace, stage)
-
-
-@app.command()
-def train(run: Run, model: Annotated[str, typer.Option(help="towers, ranker or both.")] = "both") -> None:
-    """Train under Ray Train, sharded by TorchRec's planner; continues where a killed run stopped."""
-    from pipelines import stages
-
-    if model not in ("towers", "ranker", "both"):
-        raise typer.BadParameter(f"--model {model}: give towers, ranker or both")
-    names = ("towers", "ranker") if model == "both" else (model,)
-    _one_stage(run, None, "train", lambda ws, stage: stages.train_models(ws, stage, names))
-
-
-@index_app.command(name="build")
-def index_build(run: Run, device: Device = "cpu") -> None:
-    """Embed the corpus with the video tower and build the FAISS index."""
-    from candidate_gen.index.device import resolve
-    from pipelines import stages
-
-    where = resolve(device)
-    _one_stage(run, None, "embed and index", lambda ws, stage: stages.index(ws, stage, where))
+for command in (run, ingest, train, evaluate, publish):
+    app.command()(command)
+index_app.command(name="build")(index_build)
 
 
 @index_app.command(name="plan")
@@ -176,27 +104,6 @@ def index_plan(
         shown.print_plan(found, output())
     if found.pick is None:
         raise typer.Exit(EXIT_REFUSED)
-
-
-@app.command()
-def evaluate(run: Run) -> None:
-    """Measure retrieval and ranking on the test days, beside their baselines."""
-    from pipelines import stages
-    from pipelines.show import print_metrics
-
-    print_metrics(_one_stage(run, None, "evaluate", stages.evaluate))
-
-
-@app.command()
-def publish(run: Run, registry: Registry = None, force: Force = False, device: Device = "cpu") -> None:
-    """Hold the run against the gate, write the bundle, and make it live."""
-    from candidate_gen.index.device import resolve
-    from pipelines import stages
-
-    where = resolve(device)
-    _one_stage(
-        run, registry, "gate and publish", lambda ws, stage: stages.publish(ws, stage, force=force, device=where)
-    )
 
 
 @app.command()
@@ -440,23 +347,6 @@ def main() -> None:
             raise
         typer.secho(message(error), fg=typer.colors.RED, err=True)
         raise SystemExit(code) from error
-
-
-def _create(name: str, out: Path | None, overrides: list[str] | None, registry: Path | None) -> Any:
-    from pipelines.recipes import recipe
-    from pipelines.workspace import Workspace
-
-    changes = tuple(overrides or ())
-    return Workspace.create(out or Path("runs") / name, recipe(name, changes), changes, registry)
-
-
-def _one_stage(run: Path, registry: Path | None, name: str, work: Any) -> Any:
-    from pipelines.console import Stages
-    from pipelines.workspace import Workspace
-
-    workspace = Workspace.open(run, registry)
-    with Stages().stage(name) as stage:
-        return work(workspace, stage)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -98,6 +99,14 @@ def _one_thread() -> None:
 
     torch.set_num_threads(1)
     faiss.omp_set_num_threads(1)
+
+
+def joined_cpus() -> int:
+    """Cores of the Ray this process has joined, on all its machines; without one, those of `usable_cpus`."""
+    ray = sys.modules.get("ray")  # importing it here would be before the cluster has set its environment
+    if ray is None or not ray.is_initialized():
+        return usable_cpus()
+    return int(ray.cluster_resources().get("CPU", 1))
 
 
 def usable_cpus() -> int:

@@ -33,6 +33,11 @@ class Stage:
     details: list[str] = field(default_factory=list)
     """Lines shown below the stage's own."""
     seconds: float = 0.0
+    status: str = "running"
+    """Then ran, resumed (from a checkpoint), skipped, or failed."""
+    why: str = ""
+    """Of running or being skipped."""
+    fingerprint: str = ""
     _tell: object = None
 
     def progress(self, text: str) -> None:
@@ -50,12 +55,37 @@ class Stages:
 
     @contextmanager
     def stage(self, name: str) -> Iterator[Stage]:
-        """Time a stage; print its line when it ends."""
+        """Time a stage; print its line when it ends. One that raises is kept as failed."""
         stage, started = Stage(name), time.monotonic()
+        self.done.append(stage)
+        try:
+            with self._shown(stage, started):
+                yield stage
+        except BaseException:
+            stage.seconds, stage.status = time.monotonic() - started, "failed"
+            raise
+        stage.seconds = time.monotonic() - started
+        if stage.status == "running":
+            stage.status = "ran"
+        rows = f"{stage.rows:,} rows" if stage.rows is not None else ""
+        self.console.print(f"{name:<16}{rows:>16}{stage.seconds:>8.1f} s  {stage.note}", soft_wrap=True)
+        for line in stage.details:
+            self.console.print(f"    {line}", soft_wrap=True, markup=False)
+
+    def skipped(self, stage: Stage) -> None:
+        """Print and keep a stage that is not run."""
+        stage.status = "skipped"
+        self.done.append(stage)
+        self.console.print(f"{stage.name:<16}{'skipped':>16}            {stage.why}", soft_wrap=True, markup=False)
+
+    @contextmanager
+    def _shown(self, stage: Stage, started: float) -> Iterator[None]:
+        """A live line while the stage runs."""
+        name = stage.name
         if self.console.is_terminal:
             with self.console.status(f"{name} ...") as status:
                 stage._tell = lambda text: status.update(f"{name}: {text}")
-                yield stage
+                yield
         else:
             last = [started]
 
@@ -65,14 +95,9 @@ class Stages:
                     self.console.print(f"  {name}: {text}", soft_wrap=True)
 
             stage._tell = tell
-            yield stage
-        stage.seconds = time.monotonic() - started
-        rows = f"{stage.rows:,} rows" if stage.rows is not None else ""
-        self.console.print(f"{name:<16}{rows:>16}{stage.seconds:>8.1f} s  {stage.note}", soft_wrap=True)
-        for line in stage.details:
-            self.console.print(f"    {line}", soft_wrap=True, markup=False)
-        self.done.append(stage)
+            yield
 
     def records(self) -> list[dict]:
         """For `run.json` and the report."""
-        return [{"name": s.name, "seconds": s.seconds, "rows": s.rows, "note": s.note} for s in self.done]
+        names = ("name", "status", "why", "fingerprint", "seconds", "rows", "note")
+        return [{name: getattr(stage, name) for name in names} for stage in self.done]

@@ -5,18 +5,24 @@ from __future__ import annotations
 EXIT_FAILED, EXIT_INPUT, EXIT_REFUSED = 1, 2, 3
 
 
+class StoppedError(RuntimeError):
+    """Somebody asked the process to end before it was done."""
+
+
 def exit_code(error: Exception) -> int | None:
     """Exit code of a failure that is the user's to mend; None for a bug, which keeps its traceback."""
     import grpc
 
     from features.artifacts import ArtifactError
     from features.validate import SchemaError
+    from pipelines.execute import InputsChangedError
     from pipelines.gate import GateError
     from pipelines.ingest import IngestError
     from pipelines.replay.checks import ReplayInputError
     from pipelines.replay.compare import NotComparableError
     from pipelines.sequential.train import SequentialTrainingError
     from pipelines.train import TrainingError
+    from pipelines.workspace import WorkspaceBusyError
     from serving.golden import GoldenError
     from serving.store import StoreUnavailableError
 
@@ -29,6 +35,9 @@ def exit_code(error: Exception) -> int | None:
         GoldenError,
         StoreUnavailableError,
         TrainingError,
+        InputsChangedError,
+        WorkspaceBusyError,
+        StoppedError,
         SequentialTrainingError,
         grpc.RpcError,
     )

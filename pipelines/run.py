@@ -1,4 +1,4 @@
-"""The whole day: raw logs in, a live bundle out.
+"""The whole day: raw logs in, a live bundle out, and `run.json`, which says how it went and can be trusted to.
 
 ingest -> examples -> train both models -> embed and index -> evaluate -> gate -> publish
 """
@@ -7,46 +7,93 @@ from __future__ import annotations
 
 import json
 import platform
+import signal
+import sys
+import threading
 import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import psutil
 
-from pipelines import stages
-from pipelines.adapters import Adapter
-from pipelines.cluster import ClusterConfig, cluster
 from pipelines.console import Stages
-from pipelines.gate import to_rows
+from pipelines.day import Day
+from pipelines.execute import execute
+from pipelines.exits import EXIT_FAILED, EXIT_REFUSED, StoppedError, exit_code, message
+from pipelines.hashes import write_json
+from pipelines.plan import Selection
+from pipelines.stage_records import StageRecord
 from pipelines.workspace import Workspace
 
 REPORTED = ("torch", "torchrec", "fbgemm-gpu-cpu", "faiss-cpu", "ray", "pyarrow", "numpy", "grpcio")
 
 
-def run(
-    ws: Workspace, adapter: Adapter, shown: Stages, *, force: bool = False, oracle: stages.Oracle | None = None
-) -> dict:
-    """Every stage in order; returns (and writes to `run.json`) what the report shows."""
-    with cluster(ClusterConfig()):  # one Ray for both: starting it takes seconds
-        with shown.stage("ingest") as stage:
-            stages.ingest(ws, adapter, stage)
-        with shown.stage("examples") as stage:
-            stages.examples(ws, stage)
-        with shown.stage("train") as stage:
-            stages.train_models(ws, stage)
-    with shown.stage("embed and index") as stage:
-        stages.index(ws, stage)
-    with shown.stage("evaluate") as stage:
-        metrics = stages.evaluate(ws, stage, oracle)
-    with shown.stage("gate and publish") as stage:
-        bundle, verdicts = stages.publish(ws, stage, force=force)
-    record = {
-        "title": f"reelrank: {ws.recipe.name}",
-        "created": time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime()),
-        "machine": machine(),
-        "versions": {name: version(name) for name in REPORTED if _installed(name)},
-        "bundle": bundle,
-        "stages": shown.records(),
+class RunReport:
+    """`run.json`, kept up to date while the run goes: killed at any moment, it says "running" and no exit code."""
+
+    def __init__(self, shown: Stages, files: Sequence[Path]) -> None:
+        """`files`: where it is written; a folder that is not there yet is passed over until it is."""
+        self._shown, self._files = shown, files
+        self.record: dict[str, Any] = {
+            "status": "running",
+            "exit_code": None,
+            "error": None,
+            "command": sys.argv[1:],
+            "created": time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime()),
+            "machine": machine(),
+            "versions": {name: version(name) for name in REPORTED if _installed(name)},
+        }
+
+    def save(self) -> None:
+        """Write it as things stand."""
+        self.record["stages"] = self._shown.records()
+        for file in self._files:
+            if file.parent.is_dir():
+                write_json(file, self.record)
+
+    @contextmanager
+    def guarded(self) -> Iterator[None]:
+        """However the block ends, the report says so. SIGTERM ends it as a failure."""
+        self.save()
+        try:
+            with _stopped_by_sigterm():
+                yield
+        except BaseException as error:
+            code = (exit_code(error) if isinstance(error, Exception) else None) or EXIT_FAILED
+            self.record |= {"status": "refused" if code == EXIT_REFUSED else "failed", "exit_code": code}
+            self.record["error"] = self._told(error)
+            self.save()
+            raise
+        self.record |= {"status": "ok", "exit_code": 0}
+        self.save()
+
+    def _told(self, error: BaseException) -> dict[str, str | None]:
+        failed = [stage.name for stage in self._shown.done if stage.status == "failed"]
+        told = message(error) if isinstance(error, Exception) else type(error).__name__
+        next_step = "mend what the message names, then run the same command: stages that are finished are skipped"
+        return {"stage": failed[-1] if failed else None, "message": told, "next": next_step}
+
+
+def run(day: Day, shown: Stages, report: RunReport, selection: Selection = Selection()) -> bool:  # noqa: B008 (frozen)
+    """Execute the stages and add what they found to the report; returns whether a bundle was published."""
+    report.record["title"] = f"reelrank: {day.ws.recipe.name}"
+    execute(day, shown, selection, after_each=report.save)
+    if day.ws.metrics.exists():
+        report.record |= measured(json.loads(day.ws.metrics.read_text()))
+    published = next((stage for stage in shown.done if stage.name == "publish"), None)
+    if published is None:
+        return False
+    report.record |= _published(day.ws)
+    return published.status == "ran"
+
+
+def measured(metrics: dict[str, Any]) -> dict[str, Any]:
+    """The report's part of `metrics.json`."""
+    return {
+        "data": metrics["fingerprint"],
         "split": metrics["split"],
         "retrieval": metrics["retrieval"]["rows"],
         "retrieval_note": _retrieval_note(metrics["retrieval"]),
@@ -59,15 +106,7 @@ def run(
         "watch": metrics["watch"],
         "collisions": metrics["collisions"],
         "reliability": metrics["reliability"],
-        "gate": to_rows(verdicts),
     }
-    save(ws.root, record)
-    return record
-
-
-def save(folder: Path, record: dict) -> None:
-    """Write `run.json`."""
-    (folder / "run.json").write_text(json.dumps(record, indent=1))
 
 
 def machine() -> dict:
@@ -84,6 +123,28 @@ def machine() -> dict:
         "system": platform.platform(),
         "python": platform.python_version(),
     }
+
+
+def _published(ws: Workspace) -> dict[str, Any]:
+    record = StageRecord.load(ws.records, "publish")
+    return dict(record.result or {}) if record is not None else {}
+
+
+@contextmanager
+def _stopped_by_sigterm() -> Iterator[None]:
+    """Schedulers stop a job with SIGTERM; as an exception it lets files be closed and the report be written."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number: int, frame: object) -> None:
+        raise StoppedError("stopped by SIGTERM")
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _retrieval_note(retrieval: dict) -> str:

@@ -19,7 +19,6 @@ from features.eligibility import Viewer
 from pipelines.console import Stages, output
 from pipelines.ingest import load_table
 from pipelines.report import write_report
-from pipelines.run import save
 from pipelines.workspace import Workspace
 from serving.client import FeedClient
 from serving.security import ClientSecurity
@@ -81,7 +80,6 @@ def fetch_feeds(ws: Workspace, record: dict, shown: Stages, users: int) -> None:
         stage.note = f"{len(feeds)} feeds over gRPC"
     tags = _tags(ws)
     record["feeds"] = [_feed_record(user, feed, tags) for user, feed in zip(chosen, feeds, strict=True)]
-    record["stages"] = shown.records()
 
 
 def print_feed(
@@ -94,15 +92,17 @@ def print_feed(
 
 
 def finish(ws: Workspace, record: dict) -> None:
-    """Print feeds and figures, write `run.json` and the report."""
+    """Print feeds and figures, write the report."""
     console = output()
     for feed in record.get("feeds", []):
         console.print(_feed_table(feed))
-    print_metrics(record, console)
-    save(ws.root, record)
+    if "retrieval" in record:
+        print_metrics(record, console)
     path = ws.root / "report.html"
     write_report(record, path)
-    console.print(f"bundle  {record['bundle']} (live in {ws.registry})", soft_wrap=True)
+    if "bundle" in record:
+        console.print(f"bundle  {record['bundle']} in {ws.registry}", soft_wrap=True)
+        console.print(f"content {record['content_sha256']}", soft_wrap=True)
     console.print(f"report  {path}", soft_wrap=True)
 
 

@@ -1,14 +1,14 @@
 """The stages of a run, each a function of the workspace: it reads files, writes files, and says what it did.
 
-ingest -> examples -> train -> index -> evaluate -> gate and publish. Run one after another by
-`pipelines.run`, or one at a time from the command line.
+ingest -> examples -> train towers, ranker -> index -> evaluate -> gate and publish. Declared in `pipelines.day`, run or
+skipped by `pipelines.execute`.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -29,7 +29,7 @@ from features.schema import SIGNALS
 from features.spec import Categorical, FeatureSpec
 from pipelines import ingest as ingestion
 from pipelines.adapters import Adapter
-from pipelines.cluster import spread, usable_cpus
+from pipelines.cluster import ClusterConfig, joined_cpus, spread
 from pipelines.console import Stage
 from pipelines.embed import Catalogue, Embedded, embed
 from pipelines.evaluate_channels import ask_sources, evaluate_channels
@@ -55,7 +55,7 @@ from pipelines.sharding import plan_table
 from pipelines.slices import evaluate_slices, slicings
 from pipelines.slot_effect import slot_effect
 from pipelines.train import Job, train_all
-from pipelines.trainer import Progress
+from pipelines.trainer import Progress, TrainResult
 from pipelines.workspace import Workspace
 from ranking.config import RankerConfig
 from ranking.freeze import freeze
@@ -72,6 +72,8 @@ Oracle = Callable[[np.ndarray, np.ndarray, np.ndarray], dict[str, np.ndarray]]
 
 def ingest(ws: Workspace, adapter: Adapter, stage: Stage) -> None:
     """Raw logs -> canonical tables; bad rows go to quarantine and are counted."""
+    for leftover in ws.root.glob(f".{ws.canonical.name}.ingest-*"):  # of a run that was killed
+        shutil.rmtree(leftover, ignore_errors=True)
     report = ingestion.ingest(adapter, ws.canonical, on_progress=lambda p: stage.progress(str(p)))
     stage.rows = sum(count.rows_in for count in report.tables.values())
     quarantined = sum(count.quarantined for count in report.tables.values())
@@ -83,8 +85,8 @@ def examples(ws: Workspace, stage: Stage) -> None:
     """Canonical tables -> encoded, memory-mapped examples with their histories and counters."""
     dates = tuple(sorted(set(ingestion.load_events(ws.canonical)["date"].to_pylist())))
     dataset = encoded(ws.canonical, ws.recipe.spec, ws.recipe.split.resolve(dates).train)
+    shutil.rmtree(ws.dataset_dir, ignore_errors=True)
     dataset.save(ws.dataset_dir)
-    shutil.rmtree(ws.training, ignore_errors=True)  # checkpoints of other examples must not be resumed
     stage.rows = len(dataset.examples)
     stage.note = f"{len(dataset.users):,} users, {len(dataset.videos):,} videos"
     stage.details = [f"{name}: {share:.2%} of the known ids share their row" for name, share in _collisions(dataset)]
@@ -103,27 +105,39 @@ def encoded(canonical: Path, spec: FeatureSpec, train_dates: tuple[str, ...]) ->
     )
 
 
-def train_models(ws: Workspace, stage: Stage, names: Sequence[str] = ("towers", "ranker")) -> None:
-    """Towers and ranker one after the other in one group of Ray Train workers; the ranker is calibrated as it is
-    exported. Goes on from the last checkpoint of the same examples."""
+def train_model(
+    ws: Workspace,
+    name: str,
+    stage: Stage,
+    *,
+    key: str,
+    fresh: bool = False,
+    where: ClusterConfig = ClusterConfig(),  # noqa: B008 (frozen)
+) -> TrainResult:
+    """The "towers", or the "ranker", which is calibrated as it is exported, in a group of Ray Train workers. Goes on
+    from the last checkpoint, unless that was learnt from something else (another `key`) or a `fresh` start is wanted.
+    """
     split = ws.split(ws.dataset())
-    makers = {
+    make, model, how = {
         "towers": (_towers_task, ws.recipe.towers, ws.recipe.towers_train),
         "ranker": (_ranker_task, ws.recipe.ranker, ws.recipe.ranker_train),
-    }
-    jobs = []
-    for name in names:
-        make, model, how = makers[name]
-        arguments = (ws.dataset_dir, model, split.train, split.validation)
-        jobs.append(Job(make_task=make, args=arguments, config=how, out_dir=ws.training / name))
-    results = train_all(jobs, on_progress=_tell(stage))
-    for name in names:
-        _collect(ws.training / name, ws.root / name)
-    stage.details = [line for r in results for line in plan_table(r.plan).splitlines()]
-    stage.note = ", ".join(
-        f"{r.name}: {len(r.epochs)} epochs, validation loss {r.best_validation_loss:.4f} at epoch {r.best_epoch + 1}"
-        for r in results
+    }[name]
+    folder = ws.training / name
+    mark = folder / "learnt-from"
+    if fresh or not mark.exists() or mark.read_text() != key:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        mark.write_text(key)
+    arguments = (ws.dataset_dir, model, split.train, split.validation)
+    job = Job(make_task=make, args=arguments, config=how, out_dir=folder)
+    (result,) = train_all([job], where=where, on_progress=_tell(stage))
+    _collect(folder, ws.root / name)
+    stage.details = plan_table(result.plan).splitlines()
+    stage.note = (
+        f"{len(result.epochs)} epochs, validation loss {result.best_validation_loss:.4f} at epoch "
+        f"{result.best_epoch + 1}"
     )
+    return result
 
 
 def index(ws: Workspace, stage: Stage, device: str = "cpu") -> None:
@@ -243,7 +257,7 @@ def _embed_and_index(
     asked on other dates. Also the share of those users' exact top that the index finds."""
     source = Catalogue.of(ws.dataset_dir, ws.towers, test_dates, device)
     # Ray hides GPUs from tasks that do not ask for one; one process feeds the device.
-    vectors, workers = ws.vectors / ("evaluated" if test_dates else "published"), usable_cpus() if is_cpu(device) else 1
+    vectors, workers = ws.vectors / ("evaluated" if test_dates else "published"), joined_cpus() if is_cpu(device) else 1
 
     def tell(progress: object) -> None:
         stage.progress(str(progress))
@@ -257,6 +271,8 @@ def _embed_and_index(
             "cannot be shaped or checked; hold out other days (--set split.validation_days=...)"
         )
     users_QD = user_vectors(dataset, Towers.load(ws.towers), queries)
+    for left in (path for path in folder.glob("*") if path.is_file()):  # of an index of another kind
+        left.unlink()
     config, n_rows = ws.recipe.index, len(dataset.videos) + 1
     build(shards, n_rows, config, folder, query_QD=users_QD, parallel=encode, device=device, on_progress=tell)
     index = VideoIndex.open(folder)
@@ -283,11 +299,11 @@ def _collisions(dataset: Dataset) -> Iterator[tuple[str, float]]:
 
 
 def _collect(trained: Path, out: Path) -> None:
-    """Copy what the task exported, and how it was trained, away from the checkpoints."""
+    """Copy what the task exported away from the checkpoints; not how it went, whose times differ from run to run."""
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir()
     for path in trained.iterdir():
-        if path.is_file() and path.suffix in (".json", ".safetensors"):
+        if path.is_file() and path.suffix in (".json", ".safetensors") and path.name != "training.json":
             shutil.copy2(path, out / path.name)
 
 
@@ -341,7 +357,9 @@ def _ranking(
 
 def _channels(ws: Workspace, dataset: Dataset, index: VideoIndex, dates: tuple[str, ...]) -> dict:
     follows = ingestion.load_table(ws.canonical, "follows")
-    with TemporaryDirectory(dir=ws.root) as folder:
+    for leftover in ws.root.glob(".channels-*"):  # of a run that was killed
+        shutil.rmtree(leftover, ignore_errors=True)
+    with TemporaryDirectory(dir=ws.root, prefix=".channels-") as folder:
         answers = ask_sources(dataset, Towers.load(ws.towers), index, follows, ws.recipe, dates, Path(folder))
         return evaluate_channels(answers, ws.recipe.feed.blend)
 

@@ -13,7 +13,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal, Protocol, cast
@@ -29,6 +29,7 @@ from features.inputs import Collated
 from pipelines.allocator import freed_memory_kept
 from pipelines.batches import VALIDATION, Step, ahead, derived_seed, training_steps, validation_steps
 from pipelines.checkpoint import Checkpoints, Cursor, EpochReport, read_cursor, read_unsharded
+from pipelines.repeatable import repeatable
 from pipelines.sharding import TablePlan, Traffic, dense_parameters, shard
 from pipelines.warm_start import WarmStart, renew_rows
 
@@ -159,7 +160,7 @@ def fit(
     """Train to the best epoch and export it into `out_dir`; called by every worker. With `resume`, goes on from the
     last checkpoint in `out_dir` if there is one; a fresh run begins where `start` says. Progress: the first worker's,
     and every worker's at an epoch's end."""
-    with _process_group(), freed_memory_kept():
+    with _process_group(), freed_memory_kept(), nullcontext() if config.use_gpu else repeatable():
         run = _Run(task, config, out_dir, on_progress)
         if not resume:
             run.checkpoints.clear()

@@ -3,20 +3,29 @@
 RUN/recipe.json       the full configuration          RUN/towers/  RUN/ranker/    exported models, training results
 RUN/canonical/        ingested tables, quarantine     RUN/index/                  vectors and FAISS index
 RUN/dataset/          encoded, memory-mapped          RUN/metrics.json            what evaluation found
-RUN/vectors/          video vectors in shards
+RUN/vectors/          video vectors in shards         RUN/stages/                what each stage was made of
+RUN/training/         checkpoints                     RUN/.lock                   one run at a time
 RUN/run.json          stages, times, gate, feeds      RUN/report.html             the same for people
 RUN/registry/         bundles and LIVE; `--registry` puts it elsewhere
 """
 
 from __future__ import annotations
 
-import hashlib
+import fcntl
 import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from features.dataset import Dataset
+from features.digests import content_sha256
 from pipelines.recipes import Recipe, Split, recipe, to_json
+
+
+class WorkspaceBusyError(RuntimeError):
+    """Another process writes the run's folder; the message names it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,10 +41,16 @@ class Workspace:
         cls, root: Path, chosen: Recipe, overrides: tuple[str, ...] = (), registry: Path | None = None
     ) -> Workspace:
         """Make the folder and write the recipe down; an existing folder is taken over by the new recipe."""
+        ws = cls.planned(root, chosen, registry)
+        ws.root.mkdir(parents=True, exist_ok=True)
+        (ws.root / "recipe.json").write_text(to_json(chosen))
+        (ws.root / "recipe-name.json").write_text(json.dumps({"name": chosen.name, "overrides": overrides}))
+        return ws
+
+    @classmethod
+    def planned(cls, root: Path, chosen: Recipe, registry: Path | None = None) -> Workspace:
+        """What `create` would make, with nothing written."""
         root = root.absolute()
-        root.mkdir(parents=True, exist_ok=True)
-        (root / "recipe.json").write_text(to_json(chosen))
-        (root / "recipe-name.json").write_text(json.dumps({"name": chosen.name, "overrides": overrides}))
         return cls(root, chosen, (registry or root / "registry").absolute())
 
     @classmethod
@@ -53,6 +68,11 @@ class Workspace:
     def canonical(self) -> Path:
         """Ingested tables."""
         return self.root / "canonical"
+
+    @property
+    def ingested(self) -> Path:
+        """What ingest wrote into them, hashed."""
+        return self.canonical / "ingest.json"
 
     @property
     def dataset_dir(self) -> Path:
@@ -94,6 +114,35 @@ class Workspace:
         """What evaluation measured."""
         return self.root / "metrics.json"
 
+    @property
+    def report(self) -> Path:
+        """How the last run went."""
+        return self.root / "run.json"
+
+    @property
+    def records(self) -> Path:
+        """A record a stage (`pipelines.stage_records`)."""
+        return self.root / "stages"
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """One process at a time writes this folder; raises WorkspaceBusyError while another does. The kernel lets go
+        of the lock when its holder dies."""
+        self.root.mkdir(parents=True, exist_ok=True)
+        with (self.root / ".lock").open("a+") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                lock.seek(0)
+                raise WorkspaceBusyError(
+                    f"{self.root} is being written by process {lock.read().strip() or '?'}: wait for it, or give "
+                    "another folder"
+                ) from error
+            lock.truncate(0)
+            lock.write(f"{os.getpid()}")
+            lock.flush()
+            yield
+
     def dataset(self) -> Dataset:
         """The encoded data, memory-mapped; raises FileNotFoundError when the examples stage has not run."""
         self.require(self.dataset_dir / "dates.json", "reelrank ingest")
@@ -110,8 +159,10 @@ class Workspace:
 
     def fingerprint(self) -> str:
         """Digest of the ingested files: two metrics with equal fingerprints were measured on the same data."""
-        digest = hashlib.sha256()
-        for path in sorted(self.canonical.rglob("*.parquet")):
-            digest.update(str(path.relative_to(self.canonical)).encode())
-            digest.update(hashlib.sha256(path.read_bytes()).digest())
-        return digest.hexdigest()[:16]
+        return content_sha256(self.table_hashes())[:16]
+
+    def table_hashes(self) -> dict[str, str]:
+        """sha256 of every file of the ingested tables, as ingest wrote it. Without the quarantined rows, which name the
+        files they came from, wherever these lay."""
+        written = json.loads(self.ingested.read_text())["sha256"]
+        return {name: sha256 for name, sha256 in written.items() if not name.startswith("quarantine/")}

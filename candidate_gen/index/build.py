@@ -80,8 +80,9 @@ def build(
     parallel: Map = map,
     device: str = "cpu",
     on_progress: Callable[[Progress], None] = lambda _: None,
-) -> None:
-    """Write an index of all shards, rows in 1 .. n_rows-1, into `folder`; see `VideoIndex.open`.
+) -> dict[str, float]:
+    """Write an index of all shards, rows in 1 .. n_rows-1, into `folder`; see `VideoIndex.open`. Returns the seconds of
+    each stage; the folder holds no times, so that the same vectors give the same bytes.
 
     `query_QD` are sample queries (some thousands of user vectors) that lists and codes are shaped for; `trained` reuses
     the lists and codes of another index. On a `device` of torch lists are trained and vectors assigned to them: most
@@ -109,9 +110,9 @@ def build(
     files = digests(folder, names)
     watch.say()
     described = {"kind": kind, "videos": videos, "n_rows": n_rows, "lists": lists, "config": asdict(config)}
-    seconds = {name: round(s, 3) for name, s in watch.seconds.items()}
-    describe(folder, {**described, "files": files, "build_s": seconds})
+    describe(folder, {**described, "files": files})
     shutil.rmtree(work)
+    return {name: round(s, 3) for name, s in watch.seconds.items()}
 
 
 def digests(folder: Path, names: Iterable[str]) -> dict[str, dict[str, Any]]:

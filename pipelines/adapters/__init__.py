@@ -46,6 +46,10 @@ class Adapter(Protocol):
         """The files of one table, in the order their rows are to keep."""
         ...
 
+    def context(self, table: str) -> list[Path]:
+        """Other files that the rows of the table hang on."""
+        ...
+
     def read(self, table: str, file: Path) -> Iterator[Chunk]:
         """The rows of one file. The same file always gives the same chunks."""
         ...

@@ -41,6 +41,9 @@ class CanonicalAdapter:
         file = self.root / f"{table}.parquet"
         return [file] if file.exists() else []
 
+    def context(self, table: str) -> list[Path]:
+        return []
+
     def read(self, table: str, file: Path) -> Iterator[Chunk]:
         found = parquet_columns(file)
         columns = [name for name in found if table == "users" or name in TABLES[table].names]

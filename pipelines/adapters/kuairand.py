@@ -87,6 +87,12 @@ class KuaiRandAdapter:
             )
         return found
 
+    def context(self, table: str) -> list[Path]:
+        """Authors of impressions come from the videos, clicks of the undated ones from a list of their own."""
+        if table == "undated":
+            return [clicks for file in self.files(table) if (clicks := file.with_name(CLICKED)).exists()]
+        return self.files("videos") if table == "events" else []
+
     def read(self, table: str, file: Path) -> Iterator[Chunk]:
         if table == "events":
             authors = self._authors()

@@ -87,6 +87,9 @@ class MappingAdapter:
     def files(self, table: str) -> list[Path]:
         return list(self._maps[table].files)
 
+    def context(self, table: str) -> list[Path]:
+        return [self.mapping_file]
+
     def read(self, table: str, file: Path) -> Iterator[Chunk]:
         table_map = self._maps[table]
         chunks = (read_csv if file.suffix == ".csv" else read_parquet)(file, table_map.needed())

@@ -15,7 +15,7 @@ from features.artifacts import Registry
 from pipelines.cluster import ClusterConfig, cluster
 from pipelines.console import Stage
 from pipelines.recipes import recipe
-from pipelines.stages import train_models
+from pipelines.stages import train_model
 from pipelines.workspace import Workspace
 from pipelines.world import SCALES
 from pipelines.world.responses import examination
@@ -27,8 +27,8 @@ def test_the_demo_goes_from_nothing_to_served_feeds_a_replay_and_a_report(demo: 
     run = json.loads((demo / "run.json").read_text())
     names = [stage["name"] for stage in run["stages"]]
     assert names == [
-        "generate", "ingest", "examples", "train", "embed and index", "evaluate", "gate and publish", "serve and fetch",
-        "replay",
+        "generate", "ingest", "examples", "train-towers", "train-ranker", "index", "evaluate", "publish",
+        "serve and fetch", "replay",
     ]  # fmt: skip
     assert [len(feed["items"]) for feed in run["feeds"]] == [10, 10, 10]
     assert [feed["cold"] for feed in run["feeds"]] == [False, False, True]
@@ -100,9 +100,10 @@ def test_two_workers_train_both_models_by_the_same_recipe(demo: Path, tmp_path: 
     ws = Workspace.create(tmp_path / "two", recipe("world-tiny", changes), changes)
     ws.dataset_dir.symlink_to(demo / "dataset")
     with cluster(ClusterConfig()):
-        train_models(ws, Stage("train"))
+        for name in ("towers", "ranker"):
+            train_model(ws, name, Stage(name), key="two workers")
     for name in ("towers", "ranker"):
-        result = json.loads((ws.root / name / "training.json").read_text())
+        result = json.loads((ws.training / name / "training.json").read_text())
         assert result["workers"] == 2
         assert {rank for table in result["plan"] for rank in table["ranks"]} == {0, 1}
         assert np.isfinite(result["best_validation_loss"])

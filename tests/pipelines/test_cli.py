@@ -69,6 +69,38 @@ def test_mistakes_get_one_clear_line_and_their_exit_code(arguments: list[str], c
     assert "Traceback" not in shown.stderr
 
 
+@pytest.fixture
+def logs(tmp_path: Path) -> Path:
+    (tmp_path / "logs" / "events" / "date=2026-01-01").mkdir(parents=True)
+    (tmp_path / "logs" / "events" / "date=2026-01-01" / "part.parquet").write_bytes(b"never opened here")
+    return tmp_path / "logs"
+
+
+def test_a_dry_run_prints_every_stage_and_makes_no_folder(logs: Path, tmp_path: Path):
+    day = ["run", "--recipe", "world-tiny", "--data", str(logs), "--out", str(tmp_path / "r")]
+    shown = reelrank(*day, "--dry-run")
+    assert shown.returncode == 0, shown.stderr
+    rows = [line.split() for line in shown.stdout.splitlines() if " run " in line]
+    names = ["ingest", "examples", "train-towers", "train-ranker", "index", "evaluate", "publish"]
+    assert [row[0] for row in rows] == names
+    assert rows[0] == ["ingest", "logs", "17", "B", "run", "not", "made", "yet"]
+    assert not (tmp_path / "r").exists()
+
+
+def test_a_run_that_cannot_begin_says_what_there_is_and_reports_it(logs: Path, tmp_path: Path):
+    day = ["run", "--recipe", "world-tiny", "--data", str(logs), "--out", str(tmp_path / "r")]
+    unknown = reelrank(*day, "--from", "embed", "--report-json", str(tmp_path / "report.json"))
+    assert unknown.returncode == 2
+    assert "choose from ingest, examples, train-towers, train-ranker, index, evaluate, publish" in unknown.stderr
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert (report["status"], report["exit_code"], report["stages"]) == ("failed", 2, [])
+    assert "no such stage" in report["error"]["message"]
+    alone = reelrank(*day, "--only", "index")
+    assert alone.returncode == 2
+    assert "index reads examples, which is not there yet" in alone.stderr
+    assert json.loads((tmp_path / "r" / "run.json").read_text())["exit_code"] == 2
+
+
 def test_index_plan_reads_human_sizes_and_its_exit_code_says_whether_anything_fits():
     shown = reelrank("index", "plan", "--videos", "1M", "--ram", "2GiB", "--p50", "3000us", "--json")
     assert shown.returncode == 0, shown.stderr

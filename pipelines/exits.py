@@ -16,6 +16,7 @@ def exit_code(error: Exception) -> int | None:
     from pipelines.replay.checks import ReplayInputError
     from pipelines.replay.compare import NotComparableError
     from pipelines.sequential.train import SequentialTrainingError
+    from pipelines.telemetry import TelemetryError
     from pipelines.train import TrainingError
     from serving.golden import GoldenError
     from serving.store import StoreUnavailableError
@@ -30,6 +31,7 @@ def exit_code(error: Exception) -> int | None:
         StoreUnavailableError,
         TrainingError,
         SequentialTrainingError,
+        TelemetryError,
         grpc.RpcError,
     )
     return EXIT_FAILED if isinstance(error, failures) else None

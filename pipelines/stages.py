@@ -120,10 +120,7 @@ def train_models(ws: Workspace, stage: Stage, names: Sequence[str] = ("towers", 
     for name in names:
         _collect(ws.training / name, ws.root / name)
     stage.details = [line for r in results for line in plan_table(r.plan).splitlines()]
-    stage.note = ", ".join(
-        f"{r.name}: {len(r.epochs)} epochs, validation loss {r.best_validation_loss:.4f} at epoch {r.best_epoch + 1}"
-        for r in results
-    )
+    stage.note = "; ".join(result.summary() for result in results)
 
 
 def index(ws: Workspace, stage: Stage, device: str = "cpu") -> None:
@@ -371,10 +368,7 @@ def _frame(table) -> pl.DataFrame:
 
 def _tell(stage: Stage) -> Callable[[Progress], None]:
     def tell(p: Progress) -> None:
-        stage.progress(
-            f"{p.name}, epoch {p.epoch + 1}/{p.epochs}, step {p.step}/{p.steps} loss {p.loss:.4f} "
-            f"{p.samples_per_s:,.0f} samples/s, {p.eta_s:.0f} s left"
-        )
+        stage.progress(p.line())
 
     return tell
 

@@ -163,6 +163,10 @@ class DlrmTask:
         )
         return Collated(inputs, {"label_B": label_B})
 
+    def metrics(self, scalars: dict[str, float]) -> dict[str, float]:
+        """See `pipelines.trainer.Task`."""
+        return scalars
+
     def export(self, state: dict[str, torch.Tensor], folder: Path) -> None:
         """Nothing: nobody scores with random weights."""
 

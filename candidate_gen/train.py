@@ -163,6 +163,10 @@ class TowersTask:
         at_view_NC = self._features(t.video_row, t.day)
         return Collated(replace(inputs, candidate_dense_NC=at_view_NC), targets)
 
+    def metrics(self, scalars: dict[str, float]) -> dict[str, float]:
+        """What the model reports: the share of targets that come first among their negatives."""
+        return scalars
+
     def export(self, state: dict[str, torch.Tensor], folder: Path) -> None:
         """Write `towers.safetensors` and `towers.json` from the full, unsharded state."""
         folder.mkdir(parents=True, exist_ok=True)

@@ -28,6 +28,8 @@ class Step:
     units: np.ndarray
     units_of_all: int
     """Units that all workers take in this step."""
+    share: float = 1.0
+    """Of the units of a full step: what this step's mean loss counts, so that a unit weighs the same in every step."""
     seed: int
     """This worker's own, for what it draws while collating."""
     seed_of_all: int
@@ -42,23 +44,28 @@ def derived_seed(*key: int) -> int:
 def training_steps(
     units: np.ndarray, *, seed: int, epoch: int, batch_size: int, rank: int, world: int, units_done: int = 0
 ) -> list[Step]:
-    """Shuffled steps of this epoch from `units_done` on. All workers take equally many units in a step; what does not
-    fill a step at the end is left out (other units each epoch), unless there is nothing else."""
+    """Shuffled steps of this epoch from `units_done` on. All workers take equally many units in a step, fewer in the
+    last one; of all units fewer than `world` are left out, others each epoch."""
     order = np.random.default_rng(derived_seed(seed, epoch)).permutation(units)
     per_worker = min(batch_size, len(units) // world)
     if per_worker == 0:
         raise ValueError(f"{len(units)} training units are too few for {world} workers: give the task more data")
-    together = per_worker * world
-    return [
-        Step(
-            number=start // together,
-            units=order[start + rank * per_worker : start + (rank + 1) * per_worker],
-            units_of_all=together,
-            seed=derived_seed(seed, epoch, start // together, rank),
-            seed_of_all=derived_seed(seed, epoch, start // together),
-        )
-        for start in range(units_done, len(order) - together + 1, together)
-    ]
+    together, steps = per_worker * world, []
+    for start in range(units_done, len(order), together):
+        taken = min(per_worker, (len(order) - start) // world)
+        if taken:
+            number = start // together
+            steps.append(
+                Step(
+                    number=number,
+                    units=order[start + rank * taken : start + (rank + 1) * taken],
+                    units_of_all=taken * world,
+                    share=taken / per_worker,
+                    seed=derived_seed(seed, epoch, number, rank),
+                    seed_of_all=derived_seed(seed, epoch, number),
+                )
+            )
+    return steps
 
 
 def validation_steps(units: np.ndarray, *, seed: int, batch_size: int, rank: int, world: int) -> list[Step]:

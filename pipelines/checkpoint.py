@@ -1,9 +1,10 @@
 """Checkpoints of a training run: tensors by torch.distributed.checkpoint, position and history as JSON beside them.
 
-    FOLDER/step-000000400/{*.distcp, .metadata, cursor.json}    FOLDER/{last,best}.json name one of them
+    FOLDER/step-000000400/{*.distcp, .metadata, cursor.json}    FOLDER/kept.json names the last and the k best
 
-A checkpoint appears under its name only when complete, and may be read by any number of workers: every tensor is
-stored under its unsharded name and shape. It is the trainer's own, local and trusted: what serving reads is exported.
+A checkpoint appears under its name only when complete, and counts once `kept.json` names it. Any number of workers may
+read it: every tensor is stored under its unsharded name and shape. It is written from a copy while training goes on,
+where memory holds one. It is the trainer's own, local and trusted: what serving reads is exported.
 """
 
 from __future__ import annotations
@@ -11,95 +12,125 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import warnings
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Literal, cast
 
-import numpy as np
+import psutil
 import torch
 import torch.distributed as dist
-from torch.distributed._shard.sharded_tensor.api import ShardedTensor
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
+from pipelines.cursor import Cursor
+from pipelines.learner import NonFiniteStateError
+from pipelines.snapshot import Snapshot, Tensors, held, held_bytes
+from pipelines.workers import told_by_workers
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class EpochReport:
-    """What one epoch did; losses are means over units, of all workers."""
-
-    epoch: int
-    train_loss: float
-    validation_loss: float
-    metrics: dict[str, float]
-    """Other scalars of the module, over the validation units."""
-    samples_per_s: float
-    input_wait_share: float
-    """Share of the epoch's training time the first worker waited for input."""
+ONE_FILE_BYTES = 2**30
+"""State of a worker up to which its part of a checkpoint is one file: the writer keeps a copy of every shard until its
+file is complete, so large ones get a file each."""
+COPY_SHARE = 1 / 4
+"""Of the free memory, which a copy of the state may take."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Cursor:
-    """Where a run stands. Counted in units, not steps, so that another number of workers can go on from it."""
-
-    recipe: dict[str, str | int]
-    """What must not change between a run and its resumption."""
-    epoch: int = 0
-    units_done: int = 0
-    """Units of this epoch consumed, over all workers."""
-    epoch_loss_sum: float = 0.0
-    """Sum over those units of the training loss."""
-    steps_done: int = 0
-    """Optimizer steps since the start of the run."""
-    best_epoch: int = -1
-    finished: bool = False
-    epochs: tuple[EpochReport, ...] = ()
-
-    def to_json(self) -> str:
-        """JSON text."""
-        return json.dumps(asdict(self), indent=1)
+class CheckpointError(RuntimeError):
+    """Training state or a model could not be written; what was there before is intact."""
 
     @classmethod
-    def from_json(cls, text: str) -> Cursor:
-        """What `to_json` wrote."""
-        fields = json.loads(text)
-        return cls(**{**fields, "epochs": tuple(EpochReport(**e) for e in fields["epochs"])})
+    def of(cls, what: str, folder: Path, reason: object, intact: str) -> CheckpointError:
+        """Says where, why, what is left and what to do."""
+        free_mib = shutil.disk_usage(folder if folder.exists() else folder.parent).free / 2**20
+        return cls(
+            f"{what} could not be written to {folder}: {reason}. {free_mib:,.0f} MiB are free there. {intact}. "
+            "Make room or make the folder writable, and run the same command again: it goes on from there"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """The checkpoints that count, by name."""
+
+    last: str
+    best: tuple[tuple[str, float], ...]
+    """Those of the least validation losses, with these; the best first."""
 
 
 class Checkpoints:
-    """The last and the best checkpoint of a run; `save` and `load` are called by all workers together."""
+    """The last and the best checkpoints of a run; `save`, `load`, `wait` and the end of the `with` block are for all
+    workers together."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, *, keep_best: int = 1, background: bool | None = None) -> None:
+        self.folder, self.keep_best, self._background = folder, keep_best, background
+        self._snapshot = Snapshot()
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._writing: Future[None] | None = None
+        self._group: dist.ProcessGroup | None = None
 
-    def save(self, tensors: dict[str, torch.Tensor], cursor: Cursor, *, best: bool) -> None:
-        """Write beside, rename, point `last` (and `best`) at it, drop what nothing points at."""
-        name = f"step-{cursor.steps_done:09d}{'-end' if best or cursor.units_done == 0 else ''}"
-        beside = self.folder / f".{name}.partial"
-        first = dist.get_rank() == 0
-        if first:
-            shutil.rmtree(beside, ignore_errors=True)
-            beside.mkdir(parents=True)
-        dist.barrier()
-        # The writer keeps a copy of every shard until its file is complete: large ones get a file each.
-        one_file = sum(_held_bytes(tensor) for tensor in tensors.values()) < ONE_FILE_BYTES
-        save(dict(tensors), storage_writer=FileSystemWriter(beside, single_file_per_rank=one_file))
-        if first:
-            (beside / "cursor.json").write_text(cursor.to_json())
-            shutil.rmtree(self.folder / name, ignore_errors=True)
-            beside.rename(self.folder / name)
-            for pointer in ("last", "best") if best else ("last",):
-                _replace(self.folder / f"{pointer}.json", json.dumps({"checkpoint": name}))
-            self._drop_unnamed()
-        dist.barrier()
+    def __enter__(self) -> Checkpoints:
+        return self
 
-    def find(self, pointer: str) -> Path | None:
-        """Folder of the "last" or the "best" checkpoint; None before the first."""
-        file = self.folder / f"{pointer}.json"
-        return self.folder / json.loads(file.read_text())["checkpoint"] if file.exists() else None
+    def __exit__(self, failed: type[BaseException] | None, *_: object) -> None:
+        """The write under way is completed, also after an error; what it meets then is not the first error."""
+        try:
+            self.wait()
+        except Exception:
+            if failed is None:
+                raise
+        finally:
+            self._thread.shutdown()
+            if self._group is not None:
+                dist.destroy_process_group(self._group)
 
-    def load(self, checkpoint: Path, tensors: dict[str, torch.Tensor]) -> None:
-        """Fill the tensors in place, whatever their sharding was when saved."""
+    def save(self, tensors: Tensors, cursor: Cursor) -> None:
+        """Write the state: in the background, where this worker and all others have room for a copy. First waits for
+        the write under way. Raises CheckpointError or NonFiniteStateError, for a background write at the next call of
+        any method."""
+        self.wait()
+        if self._group is None:  # its own: collectives of two threads in one group would meet each other's
+            self._group = cast("dist.ProcessGroup", dist.new_group(backend="gloo"))
+        if self._background is None:
+            self._background = all(told_by_workers(_room_for_copy(held_bytes(tensors)), self._group))
+        if self._background:
+            self._writing = self._thread.submit(self._write, self._snapshot.take(tensors), cursor)
+        else:
+            self._write(tensors, cursor)
+
+    def check(self) -> None:
+        """Raise what a background write has met, without waiting for one."""
+        if self._writing is not None and self._writing.done():
+            self.wait()
+
+    def wait(self) -> None:
+        """Until no write is under way; raises what it met."""
+        if self._writing is not None:
+            writing, self._writing = self._writing, None
+            writing.result()
+
+    def kept(self) -> Kept | None:
+        """What counts; None before the first checkpoint."""
+        file = self.folder / "kept.json"
+        if not file.exists():
+            return None
+        fields = json.loads(file.read_text())
+        return Kept(fields["last"], tuple((name, loss) for name, loss in fields["best"]))
+
+    def find(self, which: Literal["last", "best"]) -> Path | None:
+        """Folder of the last or the best checkpoint; None where there is none."""
+        kept = self.kept()
+        if kept is None:
+            return None
+        if which == "last":
+            return self.folder / kept.last
+        return self.folder / kept.best[0][0] if kept.best else None
+
+    def load(self, checkpoint: Path, tensors: Tensors) -> None:
+        """Fill a learner's tensors in place, whatever their sharding was when saved; the checkpoint may be another
+        run's with tables and layers of the same shapes."""
         load(dict(tensors), checkpoint_id=checkpoint)
 
     def clear(self) -> None:
@@ -108,62 +139,97 @@ class Checkpoints:
             shutil.rmtree(self.folder, ignore_errors=True)
         dist.barrier()
 
-    def _drop_unnamed(self) -> None:
-        kept = {self.find("last"), self.find("best")}
+    def _write(self, tensors: Tensors, cursor: Cursor) -> None:
+        """Beside, then rename, then name it in kept.json, then drop what that names no more."""
+        name = f"step-{cursor.steps_done:09d}{'-end' if cursor.epoch_just_closed else ''}"
+        beside = self.folder / f".{name}.partial"
+        try:
+            self._each_does(lambda: _require_finite(tensors))
+            self._first_does(lambda: _fresh(beside))
+            one_file = held_bytes(tensors) < ONE_FILE_BYTES
+            save(
+                dict(tensors),
+                storage_writer=FileSystemWriter(beside, single_file_per_rank=one_file),
+                process_group=self._group,
+            )
+            self._first_does(lambda: self._commit(beside, name, cursor))
+        except (CheckpointException, OSError) as failed:
+            if dist.get_rank() == 0:
+                shutil.rmtree(beside, ignore_errors=True)
+            kept = self.kept()
+            intact = "No checkpoint came before" if kept is None else f"The checkpoint before, {kept.last}, is intact"
+            raise CheckpointError.of(f"checkpoint {name}", self.folder, _reason(failed), intact) from failed
+
+    def _commit(self, beside: Path, name: str, cursor: Cursor) -> None:
+        _write_synced(beside / "cursor.json", cursor.to_json())
+        shutil.rmtree(self.folder / name, ignore_errors=True)  # of a run that died before kept.json named it
+        beside.rename(self.folder / name)
+        before, closed = self.kept(), cursor.epoch_just_closed
+        best = [] if before is None else [entry for entry in before.best if entry[0] != name]
+        if closed is not None:
+            best = sorted([*best, (name, closed.validation_loss)], key=lambda entry: entry[1])[: self.keep_best]
+        now = self.folder / ".kept.partial"
+        _write_synced(now, json.dumps(asdict(Kept(name, tuple(best)))))
+        os.replace(now, self.folder / "kept.json")
+        _sync(self.folder)
+        named = {name, *(other for other, _ in best)}
         for folder in [*self.folder.glob("step-*"), *self.folder.glob(".step-*")]:
-            if folder not in kept:
+            if folder.name not in named:
                 shutil.rmtree(folder, ignore_errors=True)
 
+    def _first_does(self, action: Callable[[], None]) -> None:
+        """The first worker alone; what it meets is raised by all."""
+        self._each_does(action if dist.get_rank() == 0 else lambda: None)
 
-ONE_FILE_BYTES = 2**30
-"""State of a worker up to which its part of a checkpoint is one file."""
-
-
-def _held_bytes(tensor: torch.Tensor) -> int:
-    """Bytes that this worker holds of a tensor."""
-    if isinstance(tensor, ShardedTensor):
-        return sum(shard.tensor.nbytes for shard in tensor.local_shards())
-    return tensor.nbytes
-
-
-def read_cursor(checkpoint: Path) -> Cursor:
-    """Position and history stored with the checkpoint."""
-    return Cursor.from_json((checkpoint / "cursor.json").read_text())
+    def _each_does(self, action: Callable[[], None]) -> None:
+        met: Exception | None = None
+        try:
+            action()
+        except (OSError, NonFiniteStateError) as error:
+            met = error
+        for error in told_by_workers(met, self._group):
+            if error is not None:
+                raise error
 
 
-def read_unsharded(
-    checkpoint: Path, like: dict[str, torch.Tensor], parts: dict[str, tuple[str, int, int]], scratch: Path
-) -> dict[str, torch.Tensor]:
-    """Plain whole tensors of these names and shapes, read by this process alone into a file that backs them: a model
-    larger than memory goes through in pieces. `parts`: what is stored as a range of a tensor's rows, by its stored
-    name. The tensors end with `scratch`, which the caller removes."""
-    whole = _mapped_tensors(like, scratch)
-    in_parts = {name for name, _, _ in parts.values()}
-    stored = {name: tensor for name, tensor in whole.items() if name not in in_parts}
-    stored |= {name: whole[of][start:end] for name, (of, start, end) in parts.items()}
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        load(dict(stored), checkpoint_id=checkpoint, no_dist=True)
-    return whole
+def _require_finite(tensors: Tensors) -> None:
+    """A sum is NaN or infinite if any number is: one pass over memory, beside training."""
+    bad = sorted({name for name, tensor in held(tensors) if not torch.isfinite(tensor.sum(dtype=torch.float32))})
+    if bad:
+        raise NonFiniteStateError(
+            f"{', '.join(bad[:5])} ({len(bad)} tensors) hold NaN or infinity: not checkpointed. The checkpoint before "
+            "is from before that; lower lr_sparse or lr_dense and start over from it"
+        )
 
 
-def _mapped_tensors(like: dict[str, torch.Tensor], file: Path) -> dict[str, torch.Tensor]:
-    """Uninitialised tensors of these shapes in a fresh file."""
-    offsets, end = {}, 0
-    for name, tensor in like.items():
-        offsets[name] = end
-        end += -(-tensor.nbytes // _ALIGNED) * _ALIGNED
-    data = torch.from_numpy(np.memmap(file, np.uint8, "w+", shape=(max(end, 1),)))
-    return {
-        name: data[offsets[name] : offsets[name] + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
-        for name, tensor in like.items()
-    }
+def _room_for_copy(size_bytes: int) -> bool:
+    workers_here = int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size()))
+    return size_bytes * workers_here <= COPY_SHARE * psutil.virtual_memory().available
 
 
-_ALIGNED = 64
+def _reason(failed: BaseException) -> str:
+    """The cause in one line; torch gathers what each worker met, and says of a full disk that a write failed."""
+    causes = [cause for cause, _ in failed.failures.values()] if isinstance(failed, CheckpointException) else [failed]
+    cause = next((c for c in causes if isinstance(c, OSError)), causes[0])
+    return str(cause).splitlines()[0] if str(cause) else type(cause).__name__
 
 
-def _replace(file: Path, text: str) -> None:
-    beside = file.with_suffix(".partial")
-    beside.write_text(text)
-    os.replace(beside, file)
+def _fresh(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+
+
+def _write_synced(file: Path, text: str) -> None:
+    with file.open("w") as out:
+        out.write(text)
+        out.flush()
+        os.fsync(out.fileno())
+
+
+def _sync(folder: Path) -> None:
+    """A rename is on disk only when its folder is."""
+    opened = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(opened)
+    finally:
+        os.close(opened)

@@ -21,6 +21,7 @@ def exit_code(error: Exception) -> int | None:
     from pipelines.replay.checks import ReplayInputError
     from pipelines.replay.compare import NotComparableError
     from pipelines.sequential.train import SequentialTrainingError
+    from pipelines.telemetry import TelemetryError
     from pipelines.train import TrainingError
     from pipelines.workspace import WorkspaceBusyError
     from serving.golden import GoldenError
@@ -39,6 +40,7 @@ def exit_code(error: Exception) -> int | None:
         WorkspaceBusyError,
         StoppedError,
         SequentialTrainingError,
+        TelemetryError,
         grpc.RpcError,
     )
     return EXIT_FAILED if isinstance(error, failures) else None

@@ -133,10 +133,7 @@ def train_model(
     (result,) = train_all([job], where=where, on_progress=_tell(stage))
     _collect(folder, ws.root / name)
     stage.details = plan_table(result.plan).splitlines()
-    stage.note = (
-        f"{len(result.epochs)} epochs, validation loss {result.best_validation_loss:.4f} at epoch "
-        f"{result.best_epoch + 1}"
-    )
+    stage.note = result.summary()
     return result
 
 
@@ -389,10 +386,7 @@ def _frame(table) -> pl.DataFrame:
 
 def _tell(stage: Stage) -> Callable[[Progress], None]:
     def tell(p: Progress) -> None:
-        stage.progress(
-            f"{p.name}, epoch {p.epoch + 1}/{p.epochs}, step {p.step}/{p.steps} loss {p.loss:.4f} "
-            f"{p.samples_per_s:,.0f} samples/s, {p.eta_s:.0f} s left"
-        )
+        stage.progress(p.line())
 
     return tell
 

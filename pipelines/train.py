@@ -1,22 +1,30 @@
 """Training under Ray Train: the same loop (`pipelines.trainer.fit`) in one worker process or in many.
 
-A worker that dies is replaced and the run goes on from its last checkpoint; an error in the code or the data ends it
-with that error. Workers tell their progress through a file beside the checkpoints, which the driver follows.
+A worker that dies, alone or with its machine, is replaced and the run goes on from its last checkpoint; an error in the
+code or the data ends it with that error. Workers tell their progress through a file beside the checkpoints, which the
+driver follows. On a cluster of several machines `out_dir` must be storage that all of them see.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from pipelines.checkpoint import CheckpointError, Checkpoints
 from pipelines.cluster import ClusterConfig, cluster, usable_cpus
+from pipelines.telemetry import telemetry
 from pipelines.trainer import Progress, Task, TrainConfig, TrainResult, fit
+
+NODE_WAIT_S = 300.0
+"""How long a run that lost a machine waits for another one."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -58,23 +66,55 @@ def train_all(
     on_progress: Callable[[Progress], None] = lambda _: None,
 ) -> list[TrainResult]:
     """Train one after another in one group of workers, since starting a group takes seconds. All jobs have the same
-    num_workers and use_gpu. `restarts`: how often lost workers are replaced."""
+    num_workers and use_gpu. `restarts`: how often lost workers are replaced without a checkpoint in between."""
     shapes = {(job.config.num_workers, job.config.use_gpu) for job in jobs}
     if len(shapes) != 1:
         raise ValueError(f"jobs of one call must agree on (num_workers, use_gpu), not {sorted(shapes)}")
     jobs = [replace(job, out_dir=job.out_dir.absolute()) for job in jobs]
     for job in jobs:
-        job.out_dir.mkdir(parents=True, exist_ok=True)
-        _progress_file(job).write_text("")
-    with cluster(where), _followed([_progress_file(job) for job in jobs], on_progress):
-        for restarts_left in range(restarts, -1, -1):
-            failure = _run_group(jobs)
-            if failure is None:
-                break
+        _prepare(job)
+    jobs = [replace(job, resume=True) for job in jobs]  # what must not be gone on from is removed
+    with cluster(where), _followed(jobs, on_progress):
+        _require_workers(jobs[0].config, wait_s=0)
+        restarts_left, reached = restarts, _reached(jobs)
+        while (failure := _run_group(jobs)) is not None:
+            before, reached = reached, _reached(jobs)
+            restarts_left = restarts if reached != before else restarts_left
             if not failure.lost_worker or restarts_left == 0:
                 raise TrainingError(failure.message) from failure.cause
-            jobs = [replace(job, resume=True) for job in jobs]
+            restarts_left -= 1
+            _require_workers(jobs[0].config, wait_s=NODE_WAIT_S)
     return [TrainResult.from_json((job.out_dir / "training.json").read_text()) for job in jobs]
+
+
+def _prepare(job: Job) -> None:
+    try:
+        job.out_dir.mkdir(parents=True, exist_ok=True)
+        if not job.resume:
+            shutil.rmtree(job.out_dir / "checkpoints", ignore_errors=True)
+        _progress_file(job).write_text("")
+    except OSError as failed:
+        kept = Checkpoints(job.out_dir / "checkpoints").find("last")
+        intact = "No checkpoint is there" if kept is None else f"The last checkpoint, {kept.name}, is intact"
+        raise TrainingError(str(CheckpointError.of("training", job.out_dir, failed, intact))) from failed
+
+
+def _reached(jobs: Sequence[Job]) -> list[str | None]:
+    """The last checkpoint of each job: what has changed here need not be done again."""
+    found = [Checkpoints(job.out_dir / "checkpoints").find("last") for job in jobs]
+    return [None if checkpoint is None else checkpoint.name for checkpoint in found]
+
+
+def _require_workers(config: TrainConfig, *, wait_s: float) -> None:
+    """Raise ValueError where the cluster has too few CPUs or GPUs and gets no more of them in this time."""
+    import ray
+
+    kind, workers, end = "GPU" if config.use_gpu else "CPU", config.num_workers, time.monotonic() + wait_s
+    while (there := int(ray.cluster_resources().get(kind, 0))) < workers:
+        if time.monotonic() >= end:
+            lost = " since a machine was lost; add one and run again: it goes on from its checkpoint" if wait_s else ""
+            raise ValueError(f"num_workers={workers} needs {workers} {kind}s; the cluster has {there}{lost}")
+        time.sleep(1.0)
 
 
 class _Failure(NamedTuple):
@@ -85,17 +125,11 @@ class _Failure(NamedTuple):
 
 def _run_group(jobs: Sequence[Job]) -> _Failure | None:
     """One worker group from start to end; what went wrong, if anything did."""
-    import ray
     from ray.exceptions import RayError
     from ray.train import RunConfig, ScalingConfig, TrainingFailedError
     from ray.train.torch import TorchConfig, TorchTrainer
 
     workers, use_gpu = jobs[0].config.num_workers, jobs[0].config.use_gpu
-    there = int(ray.cluster_resources().get("GPU" if use_gpu else "CPU", 0))
-    if there < workers:
-        raise ValueError(
-            f"num_workers={workers} needs {workers} {'GPUs' if use_gpu else 'CPUs'}; the cluster has {there}"
-        )
     trainer = TorchTrainer(
         _work,
         train_loop_config={"jobs": list(jobs)},
@@ -158,33 +192,40 @@ def _is_loss(cause: BaseException) -> bool:
     return isinstance(cause, RayError | dist.DistError) or "gloo/transport" in str(cause)
 
 
+def _plots(job: Job) -> AbstractContextManager[Callable[[Progress], None]]:
+    return telemetry(job.out_dir.name, job.config, job.out_dir, fresh=_reached([job]) == [None])
+
+
 def _progress_file(job: Job) -> Path:
     return job.out_dir / "progress.jsonl"
 
 
 @contextmanager
-def _followed(files: Sequence[Path], tell: Callable[[Progress], None], every_s: float = 0.2) -> Iterator[None]:
-    """Tell every line that appears in the files, from a thread, until the block ends."""
-    ended = threading.Event()
-    read = dict.fromkeys(files, 0)
+def _followed(jobs: Sequence[Job], tell: Callable[[Progress], None], every_s: float = 0.2) -> Iterator[None]:
+    """Tell every line that appears in the jobs' files, and plot it, from a thread, until the block ends."""
+    ended, read = threading.Event(), [0] * len(jobs)
+    with ExitStack() as stack:
+        plots = [stack.enter_context(_plots(job)) for job in jobs]
 
-    def tell_new() -> None:
-        for file in files:
-            text = file.read_bytes()[read[file] :]
-            complete = text[: text.rfind(b"\n") + 1]
-            read[file] += len(complete)
-            for line in complete.splitlines():
-                tell(Progress(**json.loads(line)))
+        def tell_new() -> None:
+            for n, job in enumerate(jobs):
+                text = _progress_file(job).read_bytes()[read[n] :]
+                complete = text[: text.rfind(b"\n") + 1]
+                read[n] += len(complete)
+                for line in complete.splitlines():
+                    progress = Progress(**json.loads(line))
+                    plots[n](progress)
+                    tell(progress)
 
-    def follow() -> None:
-        while not ended.wait(every_s):
+        def follow() -> None:
+            while not ended.wait(every_s):
+                tell_new()
+
+        thread = threading.Thread(target=follow, name="training-progress", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            thread.join()
             tell_new()
-
-    thread = threading.Thread(target=follow, name="training-progress", daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        ended.set()
-        thread.join()
-        tell_new()

@@ -67,6 +67,7 @@ class RankerTask:
         self._task_columns = [TASKS.index(task) for task in self.tasks]
         self._sizes = RankerSizes.of(dataset, self.tasks, config.leave_out)
         self._watch = self._fit_watch() if before is None else WatchQuantiles.from_json(before["watch_quantiles"])
+        self._validation_entropy = self._entropies(self._validation_rows)
 
     def build(self, tables_on: torch.device | None = None) -> RankerModel:
         """A fresh model; the caller seeds torch."""
@@ -96,6 +97,15 @@ class RankerTask:
         labels_NT = task_labels(examples)[:, self._task_columns]
         targets = {"labels_NT": labels_NT, "watch_quantile_N": watch_quantile_N, "weight_N": self._weight[units]}
         return Collated(inputs, {**targets, "unit_N": units})
+
+    def metrics(self, scalars: dict[str, float]) -> dict[str, float]:
+        """The losses, and over what a constant rate would lose on the same rows: normalised entropy of each task, and
+        of all together. Before calibration."""
+        entropy = self._validation_entropy
+        losses = {task: scalars[f"loss_{task}"] for task in self.tasks if entropy[task] > 0}
+        each = {f"normalised_entropy_{task}": loss / entropy[task] for task, loss in losses.items()}
+        together = {"normalised_entropy": sum(losses.values()) / sum(entropy.values())} if losses else {}
+        return {**scalars, **together, **each}
 
     def export(self, state: dict[str, torch.Tensor], folder: Path) -> None:
         """Write `ranker.safetensors`, `ranker.json`, and `calibration.json` fitted on the validation dates."""
@@ -149,12 +159,29 @@ class RankerTask:
         labels_NT = task_labels(self._dataset.examples.take(rows))[:, self._task_columns]
         return Calibration.fit(self.tasks, logits_NT, labels_NT)
 
+    def _entropies(self, rows: np.ndarray) -> dict[str, float]:
+        """Of each task's label: nats a row, those included where it was not logged (as `ranking.loss` counts); 0 where
+        all labels are equal."""
+        labels_NT = task_labels(self._dataset.examples.take(rows))[:, self._task_columns]
+        logged_T = (~np.isnan(labels_NT)).sum(axis=0)
+        rate_T = np.nansum(labels_NT, axis=0) / np.maximum(logged_T, 1)
+        each_T = _entropy(rate_T) * logged_T / max(1, len(rows))
+        return dict(zip(self.tasks, each_T.tolist(), strict=True))
+
     def _fit_watch(self) -> WatchQuantiles:
         rows, examples = self._dated_rows, self._dataset.examples
         duration = DurationColumn.find(self._dataset.encoder)
         dense_ND = np.asarray(self._dataset.videos.dense[examples.video_row[rows]])
         duration_ms_N = np.zeros(len(rows)) if duration is None else duration.duration_ms(dense_ND)
         return WatchQuantiles.fit(np.asarray(examples.watch_ms[rows]), duration_ms_N, duration)
+
+
+def _entropy(rate_T: np.ndarray) -> np.ndarray:
+    """Of a coin, in nats; 0 at the ends."""
+    inside_T = np.clip(rate_T, 1e-12, 1 - 1e-12)
+    return np.where(
+        (rate_T > 0) & (rate_T < 1), -(inside_T * np.log(inside_T) + (1 - inside_T) * np.log1p(-inside_T)), 0.0
+    )
 
 
 def _base_rates(labels_NT: np.ndarray) -> dict[str, float]:

@@ -11,9 +11,11 @@ import torch
 
 from features.dataset import Dataset
 from pipelines.batches import ahead, training_steps, validation_steps
-from pipelines.checkpoint import Checkpoints, read_cursor, read_unsharded
+from pipelines.checkpoint import Checkpoints
+from pipelines.cursor import read_cursor
 from pipelines.sharding import plan_table
 from pipelines.trainer import NonFiniteLossError, TrainConfig, fit
+from pipelines.whole_state import read_unsharded
 
 CONFIG = TrainConfig(epochs=3, batch_size=64, warmup_steps=5, lr_dense=0.01, lr_sparse=0.2, patience=3)
 
@@ -157,9 +159,25 @@ def test_workers_share_out_the_same_global_batches():
     units = np.arange(1000, 1103)
     one = training_steps(units, seed=1, epoch=0, batch_size=20, rank=0, world=1)
     two = [training_steps(units, seed=1, epoch=0, batch_size=10, rank=r, world=2) for r in (0, 1)]
-    assert len(one) == len(two[0]) == len(two[1]) == 103 // 20
-    for whole, left, right in zip(one, *two, strict=True):
+    assert [len(step.units) for step in one] == [20, 20, 20, 20, 20, 3]
+    assert [len(step.units) for step in two[0]] == [10, 10, 10, 10, 10, 1] == [len(step.units) for step in two[1]]
+    for whole, left, right in list(zip(one, *two, strict=True))[:-1]:
         assert np.array_equal(whole.units, np.concatenate([left.units, right.units]))
+        assert whole.share == left.share == right.share == 1
+    assert (one[-1].share, two[0][-1].share) == (3 / 20, 2 / 20), "a unit weighs in the last step as in all others"
+
+
+def test_an_epoch_takes_every_unit_once_whatever_is_left_for_the_last_step():
+    units = np.arange(1000, 1103)
+    taken = np.concatenate([s.units for s in training_steps(units, seed=1, epoch=3, batch_size=20, rank=0, world=1)])
+    assert np.array_equal(np.sort(taken), units)
+    left_out = []
+    for epoch in (0, 1):
+        both = [training_steps(units, seed=1, epoch=epoch, batch_size=10, rank=r, world=2) for r in (0, 1)]
+        taken = np.concatenate([step.units for share in both for step in share])
+        assert len(taken) == len(set(taken)) == 102, "two workers take equally many"
+        left_out += set(units) - set(taken)
+    assert left_out[0] != left_out[1]
 
 
 def test_validation_takes_every_unit_once():

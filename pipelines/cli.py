@@ -191,11 +191,11 @@ def evaluate(run: Run) -> None:
 def publish(run: Run, registry: Registry = None, force: Force = False, device: Device = "cpu") -> None:
     """Hold the run against the gate, write the bundle, and make it live."""
     from candidate_gen.index.device import resolve
-    from pipelines import stages
+    from pipelines.publish import publish as gate_and_publish
 
     where = resolve(device)
     _one_stage(
-        run, registry, "gate and publish", lambda ws, stage: stages.publish(ws, stage, force=force, device=where)
+        run, registry, "gate and publish", lambda ws, stage: gate_and_publish(ws, stage, force=force, device=where)
     )
 
 

@@ -10,6 +10,7 @@ def exit_code(error: Exception) -> int | None:
     import grpc
 
     from features.artifacts import ArtifactError
+    from features.durable import DiskError
     from features.validate import SchemaError
     from pipelines.gate import GateError
     from pipelines.ingest import IngestError
@@ -26,6 +27,7 @@ def exit_code(error: Exception) -> int | None:
         return EXIT_INPUT
     failures = (
         ArtifactError,
+        DiskError,
         GoldenError,
         StoreUnavailableError,
         TrainingError,

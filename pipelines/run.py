@@ -18,6 +18,7 @@ from pipelines.adapters import Adapter
 from pipelines.cluster import ClusterConfig, cluster
 from pipelines.console import Stages
 from pipelines.gate import to_rows
+from pipelines.publish import publish
 from pipelines.workspace import Workspace
 
 REPORTED = ("torch", "torchrec", "fbgemm-gpu-cpu", "faiss-cpu", "ray", "pyarrow", "numpy", "grpcio")
@@ -39,7 +40,7 @@ def run(
     with shown.stage("evaluate") as stage:
         metrics = stages.evaluate(ws, stage, oracle)
     with shown.stage("gate and publish") as stage:
-        bundle, verdicts = stages.publish(ws, stage, force=force)
+        bundle, verdicts = publish(ws, stage, force=force)
     record = {
         "title": f"reelrank: {ws.recipe.name}",
         "created": time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime()),

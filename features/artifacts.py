@@ -28,6 +28,7 @@ from features.manifest import (
     MANIFEST,
     MANIFEST_DIGEST,
     ArtifactError,
+    check_bytes,
     measure,
     read_manifest,
     short_hash,
@@ -36,7 +37,7 @@ from features.manifest import (
     write_manifest,
 )
 
-__all__ = ["ArtifactError", "Bundle", "LiveMovedError", "Registry"]
+__all__ = ["ArtifactError", "Bundle", "LiveMovedError", "Registry", "doomed", "fallbacks"]
 
 STAGING_MAX_AGE_S = 3600
 """A staging folder without a write for this long belongs to a dead publisher: the next publish removes it. A bundle so
@@ -65,6 +66,37 @@ class Bundle:
             listed = ", ".join(self.files)
             raise ArtifactError(f"bundle {self.version} has no file {name!r}; it lists: {listed}")
         return self.folder / name
+
+
+def fallbacks(history: list[dict[str, str]], current: str | None) -> list[str]:
+    """Versions to roll back to, oldest first: promotions push, a rollback pops down to where it went."""
+    stack: list[str] = []
+    for entry in history:
+        version = entry["version"]
+        if entry["action"] == "rollback" and version in stack:
+            while stack[-1] != version:
+                stack.pop()
+        else:
+            stack.append(version)
+    if current in stack:
+        last = len(stack) - 1 - stack[::-1].index(current)
+        stack = stack[:last]
+    return [version for version in dict.fromkeys(reversed(stack)) if version != current][::-1]
+
+
+def doomed(created: Mapping[str, str], live: str | None, history: list[dict[str, str]], keep: int) -> list[str]:
+    """What pruning to the newest `keep` versions removes, of versions and when they were made (ISO 8601).
+
+    LIVE, the version that rollback goes to, and one made within the hour that was never live (its publisher may be
+    about to make it so) stay whatever `keep` says."""
+    if keep < 0:
+        raise ValueError(f"keep {keep}: give 0 or more")
+    been_live, young = {entry["version"] for entry in history}, time.time() - STAGING_MAX_AGE_S
+    by_age = sorted(created, key=lambda version: created[version])
+    kept = {live, *by_age[max(len(by_age) - keep, 0) :]}
+    kept |= set([v for v in fallbacks(history, live) if v in created][-1:])
+    kept |= {v for v in created if v not in been_live and datetime.fromisoformat(created[v]).timestamp() > young}
+    return [version for version in by_age if version not in kept]
 
 
 class Registry:
@@ -151,7 +183,7 @@ class Registry:
         with self._lock():
             current = self.live()
             refused = []
-            for version in reversed(self._before(current)):
+            for version in reversed(fallbacks(self.history(), current)):
                 try:
                     self._promote(version, "rollback")
                 except ArtifactError as error:
@@ -177,27 +209,25 @@ class Registry:
         manifest = read_manifest(folder, version)
         return Bundle(folder, version, manifest["created"], manifest["meta"], manifest["files"])
 
-    def rollback_target(self) -> str | None:
-        """The version that `rollback` would try first."""
-        before = self._before(self.live())
-        return next((version for version in reversed(before) if (self._bundles / version).is_dir()), None)
-
     def prune(self, keep: int, *, dry_run: bool = False) -> list[str]:
-        """Remove all but the newest `keep` versions; returns what is (or would be) removed. LIVE, the version that
-        rollback goes to, and one published within the hour that was never live stay whatever `keep` says."""
-        if keep < 0:
-            raise ValueError(f"keep {keep}: give 0 or more")
+        """Remove what `doomed` names; returns it."""
         with self._lock():
-            published, been_live = self.list(), {entry["version"] for entry in self.history()}
-            kept = {self.live(), self.rollback_target(), *published[max(len(published) - keep, 0) :]}
-            kept |= {v for v in published if v not in been_live and self._age_s(v) < STAGING_MAX_AGE_S}
-            doomed = [version for version in published if version not in kept]
-            for version in [] if dry_run else doomed:
+            created = {version: self.describe(version).created for version in self.list()}
+            found = doomed(created, self.live(), self.history(), keep)
+            for version in [] if dry_run else found:
                 aside = self._staging / f"pruned-{uuid.uuid4().hex}"  # gone at once for whoever lists or opens
-                self._staging.mkdir(exist_ok=True)
-                os.rename(self._bundles / version, aside)
-                shutil.rmtree(aside)
-        return doomed
+                with disk_told(self.root):
+                    self._staging.mkdir(exist_ok=True)
+                    os.rename(self._bundles / version, aside)
+                    shutil.rmtree(aside)
+        return found
+
+    def read_text(self, version: str, name: str) -> str:
+        """A file of a version; its bytes are as the manifest has them."""
+        bundle = self.describe(version)
+        raw = bundle.path(name).read_bytes()
+        check_bytes(raw, version, name, bundle.files[name])
+        return raw.decode()
 
     def open(self, version: str | None = None) -> Bundle:
         """The named (or live) version, verified: sizes, hashes, nothing missing, nothing extra, no link."""
@@ -214,7 +244,7 @@ class Registry:
         return self._bundles / version
 
     def _promote(self, version: str, action: str) -> None:
-        """History first, LIVE second: killed in between, the log has one promotion too many, and `_before` sees it."""
+        """History first, LIVE second: killed in between, the log has one promotion too many; `fallbacks` sees."""
         self.open(version)
         at = datetime.now(UTC).isoformat(timespec="milliseconds")
         entry = json.dumps({"at": at, "action": action, "version": version})
@@ -232,21 +262,6 @@ class Registry:
         except DiskError:
             fresh.unlink(missing_ok=True)
             raise
-
-    def _before(self, current: str | None) -> list[str]:
-        """Versions to fall back to, oldest first: promotions push, a rollback pops down to where it went."""
-        stack: list[str] = []
-        for entry in self.history():
-            version = entry["version"]
-            if entry["action"] == "rollback" and version in stack:
-                while stack[-1] != version:
-                    stack.pop()
-            else:
-                stack.append(version)
-        if current in stack:
-            last = len(stack) - 1 - stack[::-1].index(current)
-            stack = stack[:last]
-        return [version for version in dict.fromkeys(reversed(stack)) if version != current][::-1]
 
     def _mine(self, staged: Path) -> Path:
         staged = staged.absolute()
@@ -269,9 +284,6 @@ class Registry:
             raise ArtifactError(
                 f"bundle {version} is already published; bundles never change: choose another version"
             ) from error
-
-    def _age_s(self, version: str) -> float:
-        return time.time() - (self._bundles / version / MANIFEST).stat().st_mtime
 
     def _collect_leftovers(self, keep: Path) -> None:
         oldest = time.time() - STAGING_MAX_AGE_S

@@ -101,6 +101,14 @@ def write_manifest(
     write_durably(staged / MANIFEST_DIGEST, (hashlib.sha256(raw).hexdigest() + "\n").encode())
 
 
+def check_bytes(raw: bytes, version: str, name: str, expected: dict[str, Any]) -> None:
+    """Raises ArtifactError when they are not those of the manifest's entry."""
+    if (found := hashlib.sha256(raw).hexdigest()) != expected["sha256"]:
+        raise ArtifactError(
+            f"bundle {version}: {name} has sha256 {found}, expected {expected['sha256']}: do not use it"
+        )
+
+
 def walk(folder: Path, owner: str) -> list[str]:
     """Relative paths of the plain files below `folder`, sorted; a link or a device is refused, not followed."""
     names = []

@@ -14,6 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from pipelines.exits import EXIT_INPUT, EXIT_REFUSED, exit_code, message
+from pipelines.registry_commands import registry_app
 from pipelines.replay_commands import replay_app
 
 app = typer.Typer(
@@ -27,6 +28,7 @@ app = typer.Typer(
 index_app = typer.Typer(help="Build the FAISS index of a run, or plan one of any size.", no_args_is_help=True)
 app.add_typer(index_app, name="index")
 app.add_typer(replay_app, name="replay")
+app.add_typer(registry_app, name="registry")
 
 CALM_THREADS = {"OMP_WAIT_POLICY": "PASSIVE", "OPENBLAS_NUM_THREADS": "1"}
 """Threads that wait must not spin: beside another process on the same cores, spinning cost 5 to 20 times the work.
@@ -197,14 +199,6 @@ def publish(run: Run, registry: Registry = None, force: Force = False, device: D
     _one_stage(
         run, registry, "gate and publish", lambda ws, stage: gate_and_publish(ws, stage, force=force, device=where)
     )
-
-
-@app.command()
-def rollback(registry: Annotated[Path, typer.Option("--registry", help="Where bundles are published.")]) -> None:
-    """Make the previously live bundle live again; running servers follow within a second."""
-    from features.artifacts import Registry as Bundles
-
-    typer.echo(f"live: {Bundles(registry).rollback()}")
 
 
 @app.command()

@@ -53,7 +53,7 @@ def auc_by_group(labels: npt.ArrayLike, scores: npt.ArrayLike, groups: npt.Array
     y, s = _columns(labels, scores)
     group = _group_codes(groups, len(y))
     rows = np.bincount(group)
-    positives = np.bincount(group, weights=y)
+    positives = np.bincount(group, weights=y).astype(np.float64)
     negatives = rows - positives
     rank_sum = np.bincount(group, weights=y * _average_ranks(group, s)) if len(y) else np.zeros(0)
     per_group = np.full(len(rows), np.nan)

@@ -45,11 +45,9 @@ def judge(
     config, dataset = ws.recipe.gate, ws.dataset()
     split, signal = ws.split(dataset), ws.recipe.retrieval_signal
     candidate = FeedBundle.open(staged, "candidate")
-    opened, verdicts = _readable(live)
+    opened, live_metrics, verdicts = _readable(live)
     days = split.test
-    live_metrics = {}
-    if live is not None and opened is not None:
-        live_metrics = json.loads(live.path("metrics.json").read_text())
+    if opened is not None:
         days, verdict = unseen_days(split, live_metrics)
         verdicts = [*verdicts, verdict, *caller_rules(staged, opened)]
     verdicts += age_rules(candidate, opened, dataset, split, config)
@@ -82,13 +80,17 @@ def judge(
     return [*verdicts, answers_rule(staged, config)]
 
 
-def _readable(live: Bundle | None) -> tuple[FeedBundle | None, list[Verdict]]:
-    """The live bundle opened; or the verdict that this release cannot, though every byte of it is as published."""
+def _readable(live: Bundle | None) -> tuple[FeedBundle | None, dict, list[Verdict]]:
+    """The live bundle opened, and its metrics; or the verdict that this release cannot, though every byte of it is as
+    published."""
     if live is None:
-        return None, []
+        return None, {}, []
     if (found := layout_of(live.folder)) != LAYOUT:
-        return None, [unreadable(live.folder, live.version, f"{live.version} has layout {found}")]
+        return None, {}, [unreadable(live.folder, live.version, f"{live.version} has layout {found}")]
     try:
-        return FeedBundle.load(live), []
+        metrics = json.loads(live.path("metrics.json").read_text())
+        if not metrics.get("split"):
+            raise ValueError("metrics.json does not say which days it was trained on")
+        return FeedBundle.load(live), metrics, []
     except (ValueError, KeyError, TypeError, OSError) as error:
-        return None, [unreadable(live.folder, live.version, f"{type(error).__name__}: {error}")]
+        return None, {}, [unreadable(live.folder, live.version, f"{type(error).__name__}: {error}")]

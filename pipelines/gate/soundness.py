@@ -72,8 +72,8 @@ def unreadable(folder: Path, version: str, why: str) -> Verdict:
     """The live bundle cannot be asked by this release."""
     return Verdict(
         "the live bundle can be read by this release (layout)", layout_of(folder), LAYOUT, None, False, why,
-        f"the release that published {version}: judge there; or make a readable version live (`reelrank rollback`); "
-        "or let this one go without comparison (--force)",
+        f"the release that published {version}: judge there; or make a readable version live (`reelrank registry "
+        "rollback`); or let this one go without comparison (--force)",
     )  # fmt: skip
 
 
@@ -90,9 +90,11 @@ def unseen_days(split: Split, live_metrics: dict) -> tuple[tuple[str, ...], Verd
     return unseen, verdict
 
 
-def age_rules(candidate: FeedBundle, live: FeedBundle | None, dataset: Dataset, split: Split, config: GateConfig):
+def age_rules(
+    candidate: FeedBundle, live: FeedBundle | None, dataset: Dataset, split: Split, config: GateConfig
+) -> list[Verdict]:
     """No older than what it replaces, and trained on days near the log's end."""
-    trained_to = max(*split.train, *split.validation)
+    trained_to = max((*split.train, *split.validation))
     age = (date.fromisoformat(dataset.dates[-1]) - date.fromisoformat(trained_to)).days
     verdicts = [
         Verdict("days from the last day trained or chosen on to the log's end", age, config.max_training_age_days, None,

@@ -2,8 +2,8 @@
 
     python -m benchmarks.incremental [--scale smoke] [--days 20] [--first 14] [--json FILE]
 
-Every day D of a simulated world in which tastes drift three models answer for it; what is trained or counted ends before it, and
-calibration is fitted on the day before:
+Three pairs of models answer for every day D of a simulated world in which tastes drift. Whatever is trained or counted
+ends before D, and calibration is fitted on the day before:
 - `full`: both models trained anew on all days up to D - 2
 - `daily`: yesterday's models trained on with day D - 2 alone; the first is the full one
 - `frozen`: the first day's models, with the counters and the catalogue of the day

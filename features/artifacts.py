@@ -9,35 +9,46 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import hashlib
 import json
 import os
 import re
 import shutil
-import stat
 import time
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from pathlib import Path, PurePosixPath
+from pathlib import Path
+from types import EllipsisType
 from typing import Any
 
 from features.digests import content_sha256
+from features.durable import DiskError, disk_told, fsync_folder, newest_mtime, write_durably
+from features.manifest import (
+    MANIFEST,
+    MANIFEST_DIGEST,
+    ArtifactError,
+    check_bytes,
+    measure,
+    read_manifest,
+    short_hash,
+    verify_files,
+    walk,
+    write_manifest,
+)
 
-MANIFEST_FORMAT = 1
-MANIFEST = "manifest.json"
-MANIFEST_DIGEST = "manifest.sha256"
+__all__ = ["ArtifactError", "Bundle", "LiveMovedError", "Registry", "doomed", "fallbacks"]
+
 STAGING_MAX_AGE_S = 3600
-"""A staging folder without a write for this long belongs to a dead publisher: the next publish removes it."""
+"""A staging folder without a write for this long belongs to a dead publisher: the next publish removes it. A bundle so
+young that was never live may be about to be: pruning leaves it."""
 
-_VERSION = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
-_SHA256 = re.compile(r"[0-9a-f]{64}")
+VERSION = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
 
-class ArtifactError(Exception):
-    """A bundle or a registry that must not be used; the message names bundle, file, what was found, and the cure."""
+class LiveMovedError(ArtifactError):
+    """LIVE is not the version that a candidate was judged against; the candidate stays published, LIVE as it is."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +74,37 @@ class Bundle:
         return self.folder / name
 
 
+def fallbacks(history: list[dict[str, str]], current: str | None) -> list[str]:
+    """Versions to roll back to, oldest first: promotions push, a rollback pops down to where it went."""
+    stack: list[str] = []
+    for entry in history:
+        version = entry["version"]
+        if entry["action"] == "rollback" and version in stack:
+            while stack[-1] != version:
+                stack.pop()
+        else:
+            stack.append(version)
+    if current in stack:
+        last = len(stack) - 1 - stack[::-1].index(current)
+        stack = stack[:last]
+    return [version for version in dict.fromkeys(reversed(stack)) if version != current][::-1]
+
+
+def doomed(created: Mapping[str, str], live: str | None, history: list[dict[str, str]], keep: int) -> list[str]:
+    """What pruning to the newest `keep` versions removes, of versions and when they were made (ISO 8601).
+
+    LIVE, the version that rollback goes to, and one made within the hour that was never live (its publisher may be
+    about to make it so) stay whatever `keep` says."""
+    if keep < 0:
+        raise ValueError(f"keep {keep}: give 0 or more")
+    been_live, young = {entry["version"] for entry in history}, time.time() - STAGING_MAX_AGE_S
+    by_age = sorted(created, key=lambda version: created[version])
+    kept = {live, *by_age[max(len(by_age) - keep, 0) :]}
+    kept |= set([v for v in fallbacks(history, live) if v in created][-1:])
+    kept |= {v for v in created if v not in been_live and datetime.fromisoformat(created[v]).timestamp() > young}
+    return [version for version in by_age if version not in kept]
+
+
 class Registry:
     """All published versions under one folder, and which of them is live."""
 
@@ -76,41 +118,45 @@ class Registry:
     def stage(self) -> Path:
         """A private empty folder to write a bundle's files into; `publish` takes it from there."""
         folder = self._staging / uuid.uuid4().hex
-        folder.mkdir(parents=True)
+        with disk_told(self.root):
+            folder.mkdir(parents=True)
         return folder
 
     def publish(self, staged: Path, *, version: str | None = None, meta: Mapping[str, Any]) -> str:
         """Seal a staged folder with a manifest and move it, complete and on disk, to bundles/VERSION."""
-        self._bundles.mkdir(parents=True, exist_ok=True)
-        staged = staged.absolute()
-        if staged.parent != self._staging or not staged.is_dir():
-            raise ArtifactError(f"{staged} is not a staging folder of {self.root}: get one from stage()")
+        staged = self._mine(staged)
         self._collect_leftovers(keep=staged)
-        files = {name: _measure(staged / name) for name in _walk(staged, str(staged))}
+        files = {name: measure(staged / name) for name in walk(staged, str(staged))}
         if not files:
             raise ArtifactError(f"{staged} holds no file: write the bundle's files there before publish()")
         if clash := files.keys() & {MANIFEST, MANIFEST_DIGEST}:
             raise ArtifactError(f"{staged} already holds {sorted(clash)}: these names are written by publish() only")
         now = datetime.now(UTC)
-        version = version or f"{now:%Y%m%dT%H%M%S}-{_short_hash(files)}"
-        target = self._folder(version)
-        _write_manifest(staged, version, now, meta, files)
-        for folder, _, _ in os.walk(staged):
-            _fsync_folder(Path(folder))
-        try:
-            os.rename(staged, target)
-        except OSError as error:
-            if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
-                raise
-            raise ArtifactError(
-                f"bundle {version} is already published; bundles never change: choose another version"
-            ) from error
-        _fsync_folder(self._bundles)
+        version = version or f"{now:%Y%m%dT%H%M%S}-{short_hash(files)}"
+        self._folder(version)  # before anything is written under a name that cannot be one
+        with disk_told(self.root):
+            write_manifest(staged, version, now, meta, files)
+        self._move_in(staged, version)
         return version
 
-    def set_live(self, version: str) -> None:
-        """Point LIVE at a version, after verifying it whole."""
+    def adopt(self, staged: Path, version: str) -> None:
+        """Publish a staged copy of a bundle that another registry has sealed, once every byte of it is verified."""
+        staged = self._mine(staged)
+        verify_files(staged, version, read_manifest(staged, version)["files"])
+        with disk_told(self.root):
+            for name in walk(staged, str(staged)):
+                measure(staged / name)
+        self._move_in(staged, version)
+
+    def set_live(self, version: str, *, if_live: str | EllipsisType | None = ...) -> None:
+        """Point LIVE at a version, after verifying it whole. `if_live`: only while LIVE still names this one (None: no
+        version yet); raises LiveMovedError when another publisher was faster."""
         with self._lock():
+            if if_live is not ... and (now := self.live()) != if_live:
+                raise LiveMovedError(
+                    f"LIVE of {self.root} moved from {if_live} to {now} while {version} was judged against {if_live}: "
+                    "publish again, which judges it against the new one"
+                )
             self._promote(version, "promote")
 
     def live(self) -> str | None:
@@ -119,7 +165,7 @@ class Registry:
             version = self._live.read_text().strip()
         except FileNotFoundError:
             return None
-        if not _VERSION.fullmatch(version):
+        if not VERSION.fullmatch(version):
             raise ArtifactError(
                 f"{self._live} holds {version[:80]!r}, not a version: run set_live with one of {self.list()}"
             )
@@ -143,7 +189,7 @@ class Registry:
         with self._lock():
             current = self.live()
             refused = []
-            for version in reversed(self._before(current)):
+            for version in reversed(fallbacks(self.history(), current)):
                 try:
                     self._promote(version, "rollback")
                 except ArtifactError as error:
@@ -161,191 +207,102 @@ class Registry:
             return []
         return sorted(entry.name for entry in self._bundles.iterdir() if entry.is_dir())
 
+    def describe(self, version: str) -> Bundle:
+        """The version as its manifest tells it; its files are not hashed, so serve what `open` returns."""
+        folder = self._folder(version)
+        if not folder.is_dir() or folder.is_symlink():
+            raise ArtifactError(f"bundle {version} is not in {self._bundles}: published are {self.list()}")
+        manifest = read_manifest(folder, version)
+        return Bundle(folder, version, manifest["created"], manifest["meta"], manifest["files"])
+
+    def prune(self, keep: int, *, dry_run: bool = False) -> list[str]:
+        """Remove what `doomed` names; returns it."""
+        with self._lock():
+            created = {version: self.describe(version).created for version in self.list()}
+            found = doomed(created, self.live(), self.history(), keep)
+            for version in [] if dry_run else found:
+                aside = self._staging / f"pruned-{uuid.uuid4().hex}"  # gone at once for whoever lists or opens
+                with disk_told(self.root):
+                    self._staging.mkdir(exist_ok=True)
+                    os.rename(self._bundles / version, aside)
+                    shutil.rmtree(aside)
+        return found
+
+    def read_text(self, version: str, name: str) -> str:
+        """A file of a version; its bytes are as the manifest has them."""
+        bundle = self.describe(version)
+        raw = bundle.path(name).read_bytes()
+        check_bytes(raw, version, name, bundle.files[name])
+        return raw.decode()
+
     def open(self, version: str | None = None) -> Bundle:
         """The named (or live) version, verified: sizes, hashes, nothing missing, nothing extra, no link."""
         version = version or self.live()
         if version is None:
             raise ArtifactError(f"{self.root} has no live bundle: run set_live (published: {self.list()})")
-        folder = self._folder(version)
-        if not folder.is_dir() or folder.is_symlink():
-            raise ArtifactError(f"bundle {version} is not in {self._bundles}: published are {self.list()}")
-        manifest = _read_manifest(folder, version)
-        _verify_files(folder, version, manifest["files"])
-        return Bundle(folder, version, manifest["created"], manifest["meta"], manifest["files"])
+        bundle = self.describe(version)
+        verify_files(bundle.folder, version, bundle.files)
+        return bundle
 
     def _folder(self, version: str) -> Path:
-        if not _VERSION.fullmatch(version):
+        if not VERSION.fullmatch(version):
             raise ArtifactError(f"{version!r} is not a version name: use letters, digits, dot, dash and underscore")
         return self._bundles / version
 
     def _promote(self, version: str, action: str) -> None:
-        """History first, LIVE second: killed in between, the log has one promotion too many, and `_before` sees it."""
+        """History first, LIVE second: killed in between, the log has one promotion too many; `fallbacks` sees."""
         self.open(version)
         at = datetime.now(UTC).isoformat(timespec="milliseconds")
         entry = json.dumps({"at": at, "action": action, "version": version})
         cut = self._history.exists() and not self._history.read_bytes().endswith(b"\n")
-        with self._history.open("a") as log:
-            log.write(("\n" if cut else "") + entry + "\n")
-            log.flush()
-            os.fsync(log.fileno())
         fresh = self.root / f".LIVE-{uuid.uuid4().hex}"
-        _write_durably(fresh, f"{version}\n".encode())
-        os.replace(fresh, self._live)
-        _fsync_folder(self.root)
+        try:
+            with disk_told(self.root):
+                with self._history.open("a") as log:
+                    log.write(("\n" if cut else "") + entry + "\n")
+                    log.flush()
+                    os.fsync(log.fileno())
+                write_durably(fresh, f"{version}\n".encode())
+                os.replace(fresh, self._live)
+                fsync_folder(self.root)
+        except DiskError:
+            fresh.unlink(missing_ok=True)
+            raise
 
-    def _before(self, current: str | None) -> list[str]:
-        """Versions to fall back to, oldest first: promotions push, a rollback pops down to where it went."""
-        stack: list[str] = []
-        for entry in self.history():
-            version = entry["version"]
-            if entry["action"] == "rollback" and version in stack:
-                while stack[-1] != version:
-                    stack.pop()
-            else:
-                stack.append(version)
-        if current in stack:
-            last = len(stack) - 1 - stack[::-1].index(current)
-            stack = stack[:last]
-        return [version for version in dict.fromkeys(reversed(stack)) if version != current][::-1]
+    def _mine(self, staged: Path) -> Path:
+        staged = staged.absolute()
+        if staged.parent != self._staging or not staged.is_dir():
+            raise ArtifactError(f"{staged} is not a staging folder of {self.root}: get one from stage()")
+        return staged
+
+    def _move_in(self, staged: Path, version: str) -> None:
+        """One rename makes a sealed folder a version, once all of it is on disk."""
+        try:
+            with disk_told(self.root):
+                self._bundles.mkdir(parents=True, exist_ok=True)
+                for folder, _, _ in os.walk(staged):
+                    fsync_folder(Path(folder))
+                os.rename(staged, self._folder(version))
+                fsync_folder(self._bundles)
+        except OSError as error:
+            if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
+                raise
+            raise ArtifactError(
+                f"bundle {version} is already published; bundles never change: choose another version"
+            ) from error
 
     def _collect_leftovers(self, keep: Path) -> None:
         oldest = time.time() - STAGING_MAX_AGE_S
         for folder in self._staging.iterdir():
-            if folder != keep and _newest_mtime(folder) < oldest:
+            if folder != keep and newest_mtime(folder) < oldest:
                 shutil.rmtree(folder, ignore_errors=True)
 
     @contextmanager
     def _lock(self) -> Iterator[None]:
         """One promotion at a time, across processes; the kernel lets go of it when the holder dies."""
-        self.root.mkdir(parents=True, exist_ok=True)
-        with (self.root / ".lock").open("a") as handle:
+        with disk_told(self.root):
+            self.root.mkdir(parents=True, exist_ok=True)
+            handle = (self.root / ".lock").open("a")
+        with handle:
             fcntl.flock(handle, fcntl.LOCK_EX)
             yield
-
-
-def _verify_files(folder: Path, version: str, listed: dict[str, dict[str, Any]]) -> None:
-    cure = "do not use this bundle: roll back, or publish it again"
-    present = set(_walk(folder, f"bundle {version}")) - {MANIFEST, MANIFEST_DIGEST}
-    if missing := sorted(listed.keys() - present):
-        raise ArtifactError(f"bundle {version}: missing {', '.join(missing)}; {cure}")
-    if extra := sorted(present - listed.keys()):
-        raise ArtifactError(f"bundle {version}: {', '.join(extra)} not in the manifest; {cure}")
-    for name, expected in listed.items():
-        path = folder / name
-        if (size := path.stat().st_size) != expected["size"]:
-            raise ArtifactError(f"bundle {version}: {name} has {size} bytes, expected {expected['size']}; {cure}")
-        if (found := _sha256(path)) != expected["sha256"]:
-            raise ArtifactError(f"bundle {version}: {name} has sha256 {found}, expected {expected['sha256']}; {cure}")
-
-
-def _read_manifest(folder: Path, version: str) -> dict[str, Any]:
-    """The manifest, once its own digest, its shape and every path in it have been checked."""
-    for name in (MANIFEST, MANIFEST_DIGEST):
-        if not (folder / name).is_file() or (folder / name).is_symlink():
-            raise ArtifactError(f"bundle {version}: no plain file {name}; publish the bundle again")
-    raw = (folder / MANIFEST).read_bytes()
-    found = hashlib.sha256(raw).hexdigest()
-    expected = (folder / MANIFEST_DIGEST).read_bytes().decode("ascii", "replace")
-    if expected != found + "\n":
-        raise ArtifactError(
-            f"bundle {version}: {MANIFEST} has sha256 {found}, {MANIFEST_DIGEST} expects {expected.strip()!r}; "
-            "publish the bundle again"
-        )
-    try:
-        manifest = json.loads(raw)
-        _check_manifest(manifest, version)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ArtifactError(
-            f"bundle {version}: {MANIFEST} is malformed ({error!r}); publish the bundle again"
-        ) from error
-    return manifest
-
-
-def _check_manifest(manifest: dict[str, Any], version: str) -> None:
-    if manifest["format"] != MANIFEST_FORMAT:
-        raise ValueError(f"format {manifest['format']}, this release reads {MANIFEST_FORMAT}")
-    if manifest["version"] != version:
-        raise ValueError(f"it is the manifest of {manifest['version']!r}, in a folder named {version!r}")
-    if not isinstance(manifest["meta"], dict) or not isinstance(manifest["created"], str):
-        raise TypeError("meta must be an object and created a string")
-    for name, entry in manifest["files"].items():
-        path = PurePosixPath(name)
-        if path.is_absolute() or ".." in path.parts or str(path) != name or name == "." or set(name) & set("\\\0"):
-            raise ValueError(f"it names {name!r}, which is not a plain path inside the bundle")
-        if not isinstance(entry["size"], int) or not _SHA256.fullmatch(entry["sha256"]):
-            raise ValueError(f"the entry of {name} is {entry}")
-
-
-def _write_manifest(
-    staged: Path, version: str, now: datetime, meta: Mapping[str, Any], files: dict[str, dict[str, Any]]
-) -> None:
-    manifest = {
-        "format": MANIFEST_FORMAT,
-        "version": version,
-        "created": now.isoformat(timespec="milliseconds"),
-        "meta": dict(meta),
-        "content_sha256": content_sha256({name: entry["sha256"] for name, entry in files.items()}),
-        "files": files,
-    }
-    try:
-        raw = json.dumps(manifest, indent=2, allow_nan=False).encode() + b"\n"
-    except (TypeError, ValueError) as error:
-        raise ArtifactError(f"meta of bundle {version} cannot be written as JSON: {error}") from error
-    _write_durably(staged / MANIFEST, raw)
-    _write_durably(staged / MANIFEST_DIGEST, (hashlib.sha256(raw).hexdigest() + "\n").encode())
-
-
-def _walk(folder: Path, owner: str) -> list[str]:
-    """Relative paths of the plain files below `folder`, sorted; a link or a device is refused, not followed."""
-    names = []
-    for parent, folders, files in os.walk(folder):
-        for name in [*folders, *files]:
-            path = Path(parent, name)
-            mode = path.lstat().st_mode
-            if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
-                raise ArtifactError(f"{owner}: {path.relative_to(folder)} is a link or special; use plain files only")
-            if stat.S_ISREG(mode):
-                names.append(path.relative_to(folder).as_posix())
-    return sorted(names)
-
-
-def _measure(path: Path) -> dict[str, Any]:
-    """Size and hash of a staged file, once its bytes are on disk."""
-    with path.open("rb") as handle:
-        os.fsync(handle.fileno())
-    return {"size": path.stat().st_size, "sha256": _sha256(path)}
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
-
-
-def _short_hash(files: dict[str, dict[str, Any]]) -> str:
-    return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()[:8]
-
-
-def _write_durably(path: Path, raw: bytes) -> None:
-    with path.open("wb") as handle:
-        handle.write(raw)
-        handle.flush()
-        os.fsync(handle.fileno())
-
-
-def _fsync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _newest_mtime(folder: Path) -> float:
-    """Of the folder and all in it; now where something vanished meanwhile: its publisher has just renamed it."""
-    try:
-        times = [folder.lstat().st_mtime]
-        for parent, folders, files in os.walk(folder):
-            times += [Path(parent, name).lstat().st_mtime for name in [*folders, *files]]
-    except FileNotFoundError:
-        return time.time()
-    return max(times)

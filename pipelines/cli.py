@@ -14,6 +14,7 @@ from typing import Annotated
 import typer
 
 from pipelines.exits import EXIT_INPUT, EXIT_REFUSED, exit_code, message
+from pipelines.registry_commands import registry_app
 from pipelines.replay_commands import replay_app
 from pipelines.run_commands import Device, Overrides, Run, evaluate, index_build, ingest, publish, run, train
 
@@ -28,6 +29,7 @@ app = typer.Typer(
 index_app = typer.Typer(help="Build the FAISS index of a run, or plan one of any size.", no_args_is_help=True)
 app.add_typer(index_app, name="index")
 app.add_typer(replay_app, name="replay")
+app.add_typer(registry_app, name="registry")
 
 CALM_THREADS = {"OMP_WAIT_POLICY": "PASSIVE", "OPENBLAS_NUM_THREADS": "1"}
 """Threads that wait must not spin: beside another process on the same cores, spinning cost 5 to 20 times the work.
@@ -107,13 +109,6 @@ def index_plan(
 
 
 @app.command()
-def rollback(registry: Annotated[Path, typer.Option("--registry", help="Where bundles are published.")]) -> None:
-    """Make the previously live bundle live again; running servers follow within a second."""
-    from features.artifacts import Registry as Bundles
-
-    typer.echo(f"live: {Bundles(registry).rollback()}")
-
-
 @app.command()
 def serve(
     registry: Annotated[Path, typer.Option("--registry", help="Where bundles are published.")],

@@ -24,6 +24,7 @@ from pipelines.cluster import ClusterConfig
 from pipelines.console import Stage
 from pipelines.gate import to_rows
 from pipelines.hashes import Files
+from pipelines.publish import publish
 from pipelines.stage_records import StageRecord, described
 from pipelines.trainer import TrainConfig
 from pipelines.workspace import Workspace
@@ -169,7 +170,7 @@ def _evaluate_work(turn: Turn) -> dict[str, Any]:
 
 def _publish_work(turn: Turn) -> dict[str, Any]:
     day = turn.day
-    version, verdicts = stages.publish(day.ws, turn.line, force=day.force, device=day.device)
+    version, verdicts = publish(day.ws, turn.line, force=day.force, device=day.device)
     content = Registry(day.ws.registry).open(version).content_sha256
     turn.line.details.append(f"content {content}")
     return {"bundle": version, "content_sha256": content, "gate": to_rows(verdicts)}

@@ -14,6 +14,7 @@ def exit_code(error: Exception) -> int | None:
     import grpc
 
     from features.artifacts import ArtifactError
+    from features.durable import DiskError
     from features.validate import SchemaError
     from pipelines.execute import InputsChangedError
     from pipelines.gate import GateError
@@ -33,6 +34,7 @@ def exit_code(error: Exception) -> int | None:
         return EXIT_INPUT
     failures = (
         ArtifactError,
+        DiskError,
         GoldenError,
         StoreUnavailableError,
         TrainingError,

@@ -29,20 +29,38 @@ def gauc(
     weight: Literal["positives", "impressions"] = "positives",
 ) -> float:
     """Mean AUC inside the groups that have both classes, weighted by their positives or rows; NaN without any."""
-    y, s = _columns(labels, scores)
-    group = _group_codes(groups, len(y))
-    if len(y) == 0:
-        return float("nan")
-    rows = np.bincount(group)
-    positives = np.bincount(group, weights=y)
-    negatives = rows - positives
-    rank_sum = np.bincount(group, weights=y * _average_ranks(group, s))
-    both = (positives > 0) & (negatives > 0)
+    found = auc_by_group(labels, scores, groups)
+    both = np.isfinite(found.auc_G)
     if not both.any():
         return float("nan")
+    weight_G = found.positives_G if weight == "positives" else found.rows_G
+    return float(np.average(found.auc_G[both], weights=weight_G[both]))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GroupAuc:
+    """G groups, ascending."""
+
+    group_G: npt.NDArray[np.int64]
+    auc_G: Floats
+    """NaN where a class is missing."""
+    positives_G: Floats
+    rows_G: npt.NDArray[np.int64]
+
+
+def auc_by_group(labels: npt.ArrayLike, scores: npt.ArrayLike, groups: npt.ArrayLike) -> GroupAuc:
+    """The AUC inside each group, ties one half."""
+    y, s = _columns(labels, scores)
+    group = _group_codes(groups, len(y))
+    rows = np.bincount(group)
+    positives = np.bincount(group, weights=y).astype(np.float64)
+    negatives = rows - positives
+    rank_sum = np.bincount(group, weights=y * _average_ranks(group, s)) if len(y) else np.zeros(0)
+    per_group = np.full(len(rows), np.nan)
+    both = (positives > 0) & (negatives > 0)
     p, n = positives[both], negatives[both]
-    per_group = (rank_sum[both] - p * (p + 1) / 2) / (p * n)
-    return float(np.average(per_group, weights=p if weight == "positives" else rows[both]))
+    per_group[both] = (rank_sum[both] - p * (p + 1) / 2) / (p * n)
+    return GroupAuc(group_G=np.unique(np.asarray(groups).ravel()), auc_G=per_group, positives_G=positives, rows_G=rows)
 
 
 def ndcg_at_k(

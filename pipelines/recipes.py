@@ -18,6 +18,7 @@ from typing import Any
 from candidate_gen.index import IndexConfig
 from candidate_gen.model import TowerConfig
 from features.spec import Bucketed, Categorical, Content, FeatureSpec, MultiValued, Numeric
+from pipelines.gate.config import GateConfig
 from pipelines.trainer import TrainConfig
 from ranking.config import RankerConfig
 from ranking.tables import Precision
@@ -55,23 +56,6 @@ class Split:
     train: tuple[str, ...]
     validation: tuple[str, ...]
     test: tuple[str, ...]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class GateConfig:
-    """What a candidate must show before it may be published."""
-
-    min_recall_over_popularity: float = 1.0
-    """Two-tower recall over popularity's, at the first k."""
-    min_index_recall: float = 0.95
-    """Share of the exact top that the index returns; below it the index, not the model, decides the feed."""
-    max_calibration_error: float = 0.15
-    """Mean prediction over mean label may differ from 1 by this, or by two standard errors where that is more
-    (of the positives on the test days and of those on the validation days, which the calibration was fitted on)."""
-    min_positives: int = 200
-    """A task with fewer test positives is reported, not judged: its calibration on either day is mostly chance."""
-    max_drop: float = 0.02
-    """How much below the live bundle's AUC and recall (relative) a candidate may lie on the same days."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,7 +1,7 @@
 """The stages of a run, each a function of the workspace: it reads files, writes files, and says what it did.
 
-ingest -> examples -> train towers, ranker -> index -> evaluate -> gate and publish. Declared in `pipelines.day`, run or
-skipped by `pipelines.execute`.
+ingest -> examples -> train towers, ranker -> index -> evaluate; `pipelines.publish` follows. Declared in
+`pipelines.day`, run or skipped by `pipelines.execute`.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 import polars as pl
+import pyarrow as pa
 
 from candidate_gen.index import VideoIndex, build
 from candidate_gen.index.check import recall_against_shards
@@ -22,7 +23,6 @@ from candidate_gen.index.device import is_cpu
 from candidate_gen.infer import Towers
 from candidate_gen.model import TowerConfig
 from candidate_gen.train import TowersTask
-from features.artifacts import Registry
 from features.dataset import Dataset
 from features.hashing import collision_rate
 from features.schema import SIGNALS
@@ -49,20 +49,17 @@ from pipelines.evaluate_retrieval import (
     user_vectors,
 )
 from pipelines.evaluate_tables import describe, evaluate_tables
-from pipelines.gate import GateError, Verdict, judge, passed, to_rows
+from pipelines.progress import Progress, TrainResult
 from pipelines.recipes import Split
 from pipelines.sharding import plan_table
 from pipelines.slices import evaluate_slices, slicings
 from pipelines.slot_effect import slot_effect
 from pipelines.train import Job, train_all
-from pipelines.trainer import Progress, TrainResult
 from pipelines.workspace import Workspace
 from ranking.config import RankerConfig
 from ranking.freeze import freeze
 from ranking.infer import Ranker
 from ranking.train import RankerTask
-from serving.bundle import write_bundle
-from serving.golden import record
 
 SAMPLE_USERS, CHECKED_USERS, CHECKED_K = 4096, 200, 100
 """Users whose vectors an index is shaped for; of these, those whose exact top it is checked against."""
@@ -96,8 +93,8 @@ def encoded(canonical: Path, spec: FeatureSpec, train_dates: tuple[str, ...]) ->
     """The canonical tables as examples; what is fitted is fitted on the training dates."""
     return Dataset.build(
         spec,
-        users=_table(canonical, "users"),
-        videos=_table(canonical, "videos"),
+        users=canonical_table(canonical, "users"),
+        videos=canonical_table(canonical, "videos"),
         events=ingestion.load_events(canonical),
         undated=ingestion.load_table(canonical, "undated"),
         follows=ingestion.load_table(canonical, "follows"),
@@ -146,7 +143,7 @@ def index(ws: Workspace, stage: Stage, device: str = "cpu") -> None:
     ws.require(ws.towers / "towers.json", "reelrank train")
     dataset = ws.dataset()
     split = ws.split(dataset)
-    built, _ = _embed_and_index(ws, dataset, split.test, split.validation, ws.index, stage, device)
+    built, _ = embed_and_index(ws, dataset, split.test, split.validation, ws.index, stage, device)
     stage.rows, stage.note = len(built), built.kind
 
 
@@ -188,51 +185,6 @@ def evaluate(ws: Workspace, stage: Stage, oracle: Oracle | None = None) -> dict:
     return metrics
 
 
-def publish(ws: Workspace, stage: Stage, *, force: bool = False, device: str = "cpu") -> tuple[str, list[Verdict]]:
-    """Gate, lay out the bundle with an index as of the log's end, record golden answers, publish and make it live;
-    returns version and verdicts. `device`: as of `index`.
-
-    Raises GateError when a rule fails, unless `force`; what was forced stands in the manifest.
-    """
-    ws.require(ws.metrics, "reelrank evaluate")
-    metrics, registry = json.loads(ws.metrics.read_text()), Registry(ws.registry)
-    verdicts = judge(metrics, _live_metrics(registry), ws.recipe.gate)
-    if not passed(verdicts) and not force:
-        broken = [
-            f"  {v.rule}: found {_number(v.candidate)}, wanted {_number(v.bound)}" for v in verdicts if not v.passed
-        ]
-        raise GateError("the gate refused this candidate:\n" + "\n".join(broken) + "\n`--force` publishes it anyway")
-    staged = registry.stage()
-    stage.progress("writing the bundle")
-    dataset = ws.dataset()
-    folder = ws.root / "index-published"
-    index, found = _embed_and_index(ws, dataset, (), dataset.dates[-1:], folder, stage, device)
-    if found < ws.recipe.gate.min_index_recall and not force:
-        raise GateError(
-            f"the gate refused this candidate:\n  the index to be published returns the exact top {CHECKED_K}: found "
-            f"{_number(found)}, wanted {_number(ws.recipe.gate.min_index_recall)}\n`--force` publishes it anyway"
-        )
-    popular_dates = dataset.dates if ws.recipe.popular_days is None else dataset.dates[-ws.recipe.popular_days :]
-    write_bundle(
-        staged,
-        dataset,
-        videos=_table(ws.canonical, "videos"),
-        towers_dir=ws.towers,
-        ranker_dir=ws.frozen_ranker,
-        index=index,
-        feed_config=ws.recipe.feed,
-        metrics=metrics,
-        popular_examples=dataset.rows_on(popular_dates),
-    )
-    stage.progress("recording golden answers")
-    record(staged, now_ms=int(dataset.examples.ts_ms.max()) + 1)
-    meta = {"recipe": ws.recipe.name, "data": metrics["fingerprint"], "gate": to_rows(verdicts), "forced": force}
-    version = registry.publish(staged, meta=meta)
-    registry.set_live(version)
-    stage.note = f"{version} is live"
-    return version, verdicts
-
-
 def _towers_task(folder: Path, config: TowerConfig, train: tuple[str, ...], validation: tuple[str, ...]) -> TowersTask:
     return TowersTask(Dataset.load(folder), config, train, validation)
 
@@ -241,7 +193,7 @@ def _ranker_task(folder: Path, config: RankerConfig, train: tuple[str, ...], val
     return RankerTask(Dataset.load(folder), config, train, validation)
 
 
-def _embed_and_index(
+def embed_and_index(
     ws: Workspace,
     dataset: Dataset,
     test_dates: tuple[str, ...],
@@ -345,7 +297,7 @@ def _ranking(
             probability_NT[:, t],
             train_rows=dataset.rows_on((*split.train, *split.validation)),
             events=events,
-            videos=_frame(_table(ws.canonical, "videos")),
+            videos=_frame(canonical_table(ws.canonical, "videos")),
             undated=_frame(undated) if undated is not None else None,
             progress=stage.progress,
         ),
@@ -361,14 +313,8 @@ def _channels(ws: Workspace, dataset: Dataset, index: VideoIndex, dates: tuple[s
         return evaluate_channels(answers, ws.recipe.feed.blend)
 
 
-def _live_metrics(registry: Registry) -> dict | None:
-    """Metrics of the live bundle; a live bundle that is damaged raises ArtifactError rather than count as absent."""
-    if registry.live() is None:
-        return None
-    return json.loads(registry.open(None).path("metrics.json").read_text())
-
-
-def _table(canonical: Path, name: str):
+def canonical_table(canonical: Path, name: str) -> pa.Table:
+    """An ingested table; raises FileNotFoundError saying how to make it."""
     table = ingestion.load_table(canonical, name)
     if table is None:
         raise FileNotFoundError(
@@ -389,7 +335,3 @@ def _tell(stage: Stage) -> Callable[[Progress], None]:
         stage.progress(p.line())
 
     return tell
-
-
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4f}"

@@ -115,7 +115,7 @@ def test_stages_run_alone_and_rollback_restores_the_bundle_before(demo: Path):
     assert "two towers, exact" in evaluated.stdout
     assert reelrank(["publish", "--run", str(demo)]).returncode == 0
     assert (demo / "registry" / "LIVE").read_text() != live
-    assert reelrank(on(demo, readme_command("rollback"))).returncode == 0
+    assert reelrank(on(demo, readme_command("registry"))).returncode == 0
     assert (demo / "registry" / "LIVE").read_text() == live
 
 

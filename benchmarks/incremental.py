@@ -150,7 +150,7 @@ def trained_on(
 ) -> Models:
     """One more day."""
     new = split.train[-1:]
-    dataset, renewed = carry_on(before.dataset.encoder, **tables, new_dates=new, keep_ids_days=how.keep_ids_days)
+    dataset, renewed = carry_on(before.dataset.encoder, **tables, dates=new, keep_ids_days=how.keep_ids_days)
     towers = TowersTask(dataset, chosen.towers, new, split.validation, undated=False)
     start = WarmStart(checkpoint=before.checkpoint("towers"), renewed=renewed)
     fit(towers, how.trained_on(chosen.towers_train), out_dir=folder / "towers", start=start)

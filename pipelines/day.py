@@ -24,12 +24,14 @@ from pipelines.cluster import ClusterConfig
 from pipelines.console import Stage
 from pipelines.gate import to_rows
 from pipelines.hashes import Files
+from pipelines.incremental import Increment
 from pipelines.publish import publish
 from pipelines.stage_records import StageRecord, described
+from pipelines.states import state_folder
 from pipelines.trainer import TrainConfig
 from pipelines.workspace import Workspace
 
-HOW_ONLY = ("prefetch", "checkpoint_every_steps")
+HOW_ONLY = ("prefetch", "checkpoint_every_steps", "keep_best", "background_checkpoints", "ledger", "mlflow")
 """Fields of TrainConfig that change no result."""
 WHERE_ONLY = (*HOW_ONLY, "num_workers", "threads", "use_gpu")
 """Those that an interrupted training may change and go on: who does the work, not what is learnt from."""
@@ -44,6 +46,8 @@ class Day:
     """Of the raw logs; None where `ingest` is not asked for."""
     where: ClusterConfig = ClusterConfig()  # noqa: RUF009 (frozen)
     oracle: stages.Oracle | None = None
+    since: str | None = None
+    """Train on from the live bundle with the days from this one on; None: from nothing."""
     force: bool = False
     """Publish although the gate refuses."""
     device: str = "cpu"
@@ -130,7 +134,8 @@ def _training(name: str, without: tuple[str, ...] = HOW_ONLY) -> Callable[[Day],
     def config(day: Day) -> dict[str, Any]:
         how: TrainConfig = getattr(day.ws.recipe, f"{name}_train")
         counted = {f.name: described(getattr(how, f.name)) for f in dataclasses.fields(how) if f.name not in without}
-        return {**_fields(name, "split")(day), f"{name}_train": counted}
+        trained_on = _fields("incremental")(day) if Increment.load(day.ws.dataset_dir) is not None else {}
+        return {**_fields(name, "split")(day), f"{name}_train": counted, **trained_on}
 
     return config
 
@@ -142,8 +147,26 @@ def _ingest_work(turn: Turn) -> dict[str, Any]:
     return {}
 
 
+def _examples_config(day: Day) -> dict[str, Any]:
+    """Of a full run as of an increment, which hangs on what it begins from too."""
+    if day.since is None:
+        return _fields("spec", "split")(day)
+    return {**_fields("spec", "split", "incremental")(day), "since": day.since, "base": _base(day)}
+
+
+def _base(day: Day) -> str | None:
+    """The live bundle; where that is the one this very increment published, what it began from: the same command once
+    more is the same increment."""
+    live, folder = Registry(day.ws.registry).live(), day.ws.records
+    published, examples = StageRecord.load(folder, "publish"), StageRecord.load(folder, "examples")
+    same = published is not None and live == (published.result or {}).get("bundle")
+    if same and examples is not None and examples.config.get("since") == day.since:
+        return examples.config["base"]
+    return live
+
+
 def _examples_work(turn: Turn) -> dict[str, Any]:
-    stages.examples(turn.day.ws, turn.line)
+    stages.examples(turn.day.ws, turn.line, turn.day.since, _base(turn.day) if turn.day.since else None)
     return {}
 
 
@@ -173,16 +196,20 @@ def _publish_work(turn: Turn) -> dict[str, Any]:
     version, verdicts = publish(day.ws, turn.line, force=day.force, device=day.device)
     content = Registry(day.ws.registry).open(version).content_sha256
     turn.line.details.append(f"content {content}")
+    stages.keep_trained(day.ws, version)
     return {"bundle": version, "content_sha256": content, "gate": to_rows(verdicts)}
 
 
 def _bundle_damage(day: Day, record: StageRecord) -> str | None:
     """The bundle that was published, verified whole. Whether it is live is the operator's business: after a rollback
-    the same day is not published again."""
+    the same day is not published again. While it is, what it was trained to must be there for the day after."""
+    registry = Registry(day.ws.registry)
     try:
-        Registry(day.ws.registry).open((record.result or {})["bundle"])
+        version = registry.open((record.result or {})["bundle"]).version
     except ArtifactError as error:
         return str(error)
+    if version == registry.live() and not state_folder(day.ws.registry, version).is_dir():
+        return f"{version} is live, and what it was trained to is not kept"
     return None
 
 
@@ -203,7 +230,7 @@ STAGES: tuple[DayStage, ...] = (
     DayStage(
         name="examples",
         reads=lambda day: (_tables(day.ws),),
-        config=_fields("spec", "split"),
+        config=_examples_config,
         writes=lambda ws: (ws.dataset_dir,),
         work=_examples_work,
         on_ray=True,

@@ -1,34 +1,41 @@
-"""The day after: train on from the model that is live, on the days that came since, and let ids come and go.
+"""The day after: train on from what is live, on the days that came since, and let ids come and go.
 
-Kept beside the bundle it went into (REGISTRY/training/VERSION/): the encoder, both models' best checkpoints and what
-they exported, and the days they were trained on, so that nothing is trained twice.
+    live bundle's state  +  log to date  ->  examples read by its encoder, with new ids known and cold ones forgotten
+                                         ->  its parameters and optimizers, trained on with the new days alone
+
+Only `examples` and training differ from a full run; what they need of each other stands in the examples' folder.
 """
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 
 from features.dataset import Dataset, ids_on
 from features.transforms import Encoder
-from pipelines.trainer import TrainConfig
+from pipelines.states import StateError, TrainedState
+from pipelines.train_config import TrainConfig
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class IncrementalConfig:
-    """How a model is trained on."""
+    """How models are trained on."""
 
     epochs: int = 1
+    """Over the new days."""
     lr_share: float = 0.5
     """Of both learning rates of the full training, held through: what is new must be learnt, what is old kept."""
     keep_ids_days: int = 30
-    """A user or video without an impression for so many days becomes unknown, and its embedding row free; while the
-    log itself is shorter than this, nobody is."""
+    """A user or video without an impression for so many days becomes unknown again, and its embedding row free. While
+    the log is shorter than this, nobody does."""
 
     def trained_on(self, full: TrainConfig) -> TrainConfig:
-        """The training configuration of an increment."""
+        """A full training's configuration as an increment's."""
         return replace(
             full,
             epochs=self.epochs,
@@ -39,6 +46,56 @@ class IncrementalConfig:
         )
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Increment:
+    """What a run trains on top of what."""
+
+    base: str
+    """Version of the bundle whose state it begins from."""
+    dates: tuple[str, ...]
+    """Trained on now."""
+    dates_before: tuple[str, ...]
+    """Trained on by what it begins from."""
+    renewed: Mapping[str, np.ndarray]
+    """Embedding rows that change hands, by SIDE.FEATURE."""
+
+    def save(self, folder: Path) -> None:
+        """Write into the examples' folder."""
+        for name, rows in self.renewed.items():
+            np.save(folder / f"renewed_{name}.npy", rows, allow_pickle=False)
+        fields = {"base": self.base, "dates": self.dates, "dates_before": self.dates_before}
+        (folder / "increment.json").write_text(json.dumps({**fields, "renewed": sorted(self.renewed)}, indent=1))
+
+    @classmethod
+    def load(cls, folder: Path) -> Increment | None:
+        """What `save` wrote; None where the examples are those of a full training."""
+        path = folder / "increment.json"
+        if not path.exists():
+            return None
+        written = json.loads(path.read_text())
+        return cls(
+            base=written["base"],
+            dates=tuple(written["dates"]),
+            dates_before=tuple(written["dates_before"]),
+            renewed={name: np.load(folder / f"renewed_{name}.npy") for name in written["renewed"]},
+        )
+
+
+def new_dates(since: str, training: tuple[str, ...], state: TrainedState) -> tuple[str, ...]:
+    """Those of the training days from `since` on; raises StateError where there are none, or one was trained on."""
+    dates = tuple(date for date in training if date >= since)
+    if again := [date for date in dates if date in state.dates]:
+        untrained = [date for date in training if date not in state.dates]
+        cure = f"give --since {untrained[0]}" if untrained else "there is no later training day in the log yet"
+        raise StateError(f"bundle {state.version} was trained on {', '.join(again)} already: {cure}")
+    if not dates:
+        raise StateError(
+            f"no training day from {since} on: the log's end at {training[-1]}, later days are held out for validation "
+            "and test"
+        )
+    return dates
+
+
 def carry_on(
     encoder: Encoder,
     *,
@@ -47,21 +104,21 @@ def carry_on(
     events: pa.Table,
     undated: pa.Table | None,
     follows: pa.Table | None,
-    new_dates: tuple[str, ...],
+    dates: tuple[str, ...],
     keep_ids_days: int,
 ) -> tuple[Dataset, dict[str, np.ndarray]]:
-    """Examples of the whole log as a model that trains on reads them, and the embedding rows that change hands (see
-    `Encoder.carried_on`). `new_dates`: the days that will be trained on."""
-    dates = tuple(sorted(set(events["date"].to_pylist())))
-    kept = tuple(dates[-keep_ids_days:])
-    everyone = len(dates) < keep_ids_days
+    """Examples of the whole log (the day's own are the last of it) as models that are trained on with `dates` read
+    them, and the embedding rows that change hands: see `Encoder.carried_on`."""
+    days = tuple(sorted(set(events["date"].to_pylist())))
+    too_short = len(days) < keep_ids_days
+    recent = days[-keep_ids_days:]
     carried, renewed = encoder.carried_on(
         users,
         videos,
-        seen_users=ids_on(events, new_dates, "user_id"),
-        seen_videos=ids_on(events, new_dates, "video_id"),
-        recent_users=users["user_id"].to_numpy() if everyone else ids_on(events, kept, "user_id"),
-        recent_videos=videos["video_id"].to_numpy() if everyone else ids_on(events, kept, "video_id"),
+        seen_users=ids_on(events, dates, "user_id"),
+        seen_videos=ids_on(events, dates, "video_id"),
+        recent_users=users["user_id"].to_numpy() if too_short else ids_on(events, recent, "user_id"),
+        recent_videos=videos["video_id"].to_numpy() if too_short else ids_on(events, recent, "video_id"),
     )
     dataset = Dataset.build(
         encoder.spec,
@@ -70,7 +127,19 @@ def carry_on(
         events=events,
         undated=undated,
         follows=follows,
-        train_dates=new_dates,
+        train_dates=dates,
         encoder=carried,
     )
     return dataset, renewed
+
+
+def require_same_model(state: TrainedState, name: str, wanted: Mapping[str, object]) -> None:
+    """Raises StateError when the recipe's model is another than the one to be trained on. `wanted`: its configuration
+    as it is exported."""
+    found = json.loads((state.exported(name) / f"{name}.json").read_text())["config"]
+    wanted = json.loads(json.dumps(wanted))
+    if differ := sorted(field for field in {**found, **wanted} if found.get(field) != wanted.get(field)):
+        raise StateError(
+            f"the recipe's {name} differ from those of bundle {state.version} in {', '.join(differ)}: an increment "
+            "trains the same model on; run once without --since"
+        )

@@ -19,6 +19,7 @@ from candidate_gen.index import IndexConfig
 from candidate_gen.model import TowerConfig
 from features.spec import Bucketed, Categorical, Content, FeatureSpec, MultiValued, Numeric
 from pipelines.gate.config import GateConfig
+from pipelines.incremental import IncrementalConfig
 from pipelines.trainer import TrainConfig
 from ranking.config import RankerConfig
 from ranking.tables import Precision
@@ -72,6 +73,8 @@ class Recipe:
     towers_train: TrainConfig = field(default_factory=TrainConfig)
     ranker: RankerConfig = field(default_factory=RankerConfig)
     ranker_train: TrainConfig = field(default_factory=TrainConfig)
+    incremental: IncrementalConfig = field(default_factory=IncrementalConfig)
+    """How `reelrank run --since` trains both models on."""
     tables: Precision = "int8"
     """The ranker's embedding tables in a bundle."""
     index: IndexConfig = field(default_factory=IndexConfig)

@@ -41,6 +41,12 @@ def run(
     out: Annotated[Path | None, typer.Option(help="Folder of the run. Default: runs/RECIPE.")] = None,
     registry: Registry = None,
     overrides: Overrides = None,
+    since: Annotated[
+        str | None,
+        typer.Option(
+            "--since", help="Train on from the live bundle with the days from YYYY-MM-DD on, instead of from nothing."
+        ),
+    ] = None,
     start: Annotated[
         str | None,
         typer.Option("--from", help="Run this stage and all behind it, even when nothing has changed."),
@@ -76,7 +82,8 @@ def run(
     def asked() -> tuple[Day, Selection]:
         """Whatever is wrong with the command shows before anything is made."""
         ws = Workspace.planned(folder, recipe_named(recipe, changes), registry)
-        day = Day(ws=ws, adapter=open_adapter(data), where=ClusterConfig(address=ray_address), force=force)
+        where = ClusterConfig(address=ray_address)
+        day = Day(ws=ws, adapter=open_adapter(data), where=where, since=_date(since), force=force)
         return day, Selection(start=start, only=(only,) if only is not None else ())
 
     if dry_run:
@@ -147,6 +154,15 @@ def publish(
 ) -> None:
     """Hold the run against the gate, write the bundle, and make it live."""
     _execute(_opened(run, registry, force=force, device=device, ray_address=ray_address), "publish")
+
+
+def _date(since: str | None) -> str | None:
+    from datetime import date
+
+    try:
+        return None if since is None else date.fromisoformat(since).isoformat()
+    except ValueError as error:
+        raise ValueError(f"--since {since}: give a date as YYYY-MM-DD") from error
 
 
 def _opened(

@@ -9,9 +9,11 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -23,6 +25,7 @@ from candidate_gen.index.device import is_cpu
 from candidate_gen.infer import Towers
 from candidate_gen.model import TowerConfig
 from candidate_gen.train import TowersTask
+from features.artifacts import Registry
 from features.dataset import Dataset
 from features.hashing import collision_rate
 from features.schema import SIGNALS
@@ -49,12 +52,15 @@ from pipelines.evaluate_retrieval import (
     user_vectors,
 )
 from pipelines.evaluate_tables import describe, evaluate_tables
+from pipelines.incremental import Increment, carry_on, new_dates, require_same_model
 from pipelines.progress import Progress, TrainResult
 from pipelines.recipes import Split
 from pipelines.sharding import plan_table
 from pipelines.slices import evaluate_slices, slicings
 from pipelines.slot_effect import slot_effect
+from pipelines.states import StateError, keep_state, open_state
 from pipelines.train import Job, train_all
+from pipelines.warm_start import WarmStart
 from pipelines.workspace import Workspace
 from ranking.config import RankerConfig
 from ranking.freeze import freeze
@@ -78,12 +84,17 @@ def ingest(ws: Workspace, adapter: Adapter, stage: Stage) -> None:
     stage.note = f"{events.kept:,} events kept, {quarantined:,} rows quarantined, {len(report.dates)} days"
 
 
-def examples(ws: Workspace, stage: Stage) -> None:
-    """Canonical tables -> encoded, memory-mapped examples with their histories and counters."""
+def examples(ws: Workspace, stage: Stage, since: str | None = None, base: str | None = None) -> None:
+    """Canonical tables -> encoded, memory-mapped examples with their histories and counters; with `since`, as the
+    models of bundle `base` read them, to be trained on with the days from then on."""
     dates = tuple(sorted(set(ingestion.load_events(ws.canonical)["date"].to_pylist())))
-    dataset = encoded(ws.canonical, ws.recipe.spec, ws.recipe.split.resolve(dates).train)
+    training = ws.recipe.split.resolve(dates).train
     shutil.rmtree(ws.dataset_dir, ignore_errors=True)
-    dataset.save(ws.dataset_dir)
+    if since is None:
+        dataset = encoded(ws.canonical, ws.recipe.spec, training)
+        dataset.save(ws.dataset_dir)
+    else:
+        dataset = _examples_since(ws, since, base, training)
     stage.rows = len(dataset.examples)
     stage.note = f"{len(dataset.users):,} users, {len(dataset.videos):,} videos"
     stage.details = [f"{name}: {share:.2%} of the known ids share their row" for name, share in _collisions(dataset)]
@@ -91,15 +102,36 @@ def examples(ws: Workspace, stage: Stage) -> None:
 
 def encoded(canonical: Path, spec: FeatureSpec, train_dates: tuple[str, ...]) -> Dataset:
     """The canonical tables as examples; what is fitted is fitted on the training dates."""
-    return Dataset.build(
-        spec,
-        users=canonical_table(canonical, "users"),
-        videos=canonical_table(canonical, "videos"),
-        events=ingestion.load_events(canonical),
-        undated=ingestion.load_table(canonical, "undated"),
-        follows=ingestion.load_table(canonical, "follows"),
-        train_dates=train_dates,
+    return Dataset.build(spec, **canonical_tables(canonical), train_dates=train_dates)
+
+
+def canonical_tables(canonical: Path) -> dict[str, Any]:
+    """What examples are built from, by the names of `Dataset.build`."""
+    return {
+        "users": canonical_table(canonical, "users"),
+        "videos": canonical_table(canonical, "videos"),
+        "events": ingestion.load_events(canonical),
+        "undated": ingestion.load_table(canonical, "undated"),
+        "follows": ingestion.load_table(canonical, "follows"),
+    }
+
+
+def _examples_since(ws: Workspace, since: str, base: str | None, training: tuple[str, ...]) -> Dataset:
+    if base is None:
+        raise StateError(f"{ws.registry} has no live bundle to train on from: run once without --since")
+    state = open_state(ws.registry, base)
+    if state.encoder.spec != ws.recipe.spec:
+        raise StateError(f"the recipe's features are not those of bundle {base}: run once without --since")
+    dates = new_dates(since, training, state)
+    dataset, renewed = carry_on(
+        state.encoder,
+        **canonical_tables(ws.canonical),
+        dates=dates,
+        keep_ids_days=ws.recipe.incremental.keep_ids_days,
     )
+    dataset.save(ws.dataset_dir)
+    Increment(base=base, dates=dates, dates_before=state.dates, renewed=renewed).save(ws.dataset_dir)
+    return dataset
 
 
 def train_model(
@@ -113,25 +145,39 @@ def train_model(
 ) -> TrainResult:
     """The "towers", or the "ranker", which is calibrated as it is exported, in a group of Ray Train workers. Goes on
     from the last checkpoint, unless that was learnt from something else (another `key`) or a `fresh` start is wanted.
-    """
+    Examples of an increment are trained on top of the state they were made for."""
     split = ws.split(ws.dataset())
     make, model, how = {
         "towers": (_towers_task, ws.recipe.towers, ws.recipe.towers_train),
         "ranker": (_ranker_task, ws.recipe.ranker, ws.recipe.ranker_train),
     }[name]
+    dates, earlier, start = split.train, None, None
+    if (increment := Increment.load(ws.dataset_dir)) is not None:
+        state = open_state(ws.registry, increment.base)
+        require_same_model(state, name, asdict(model))
+        dates, earlier, how = increment.dates, state.exported(name), ws.recipe.incremental.trained_on(how)
+        start = WarmStart(checkpoint=state.checkpoint(name), renewed=increment.renewed)
     folder = ws.training / name
     mark = folder / "learnt-from"
     if fresh or not mark.exists() or mark.read_text() != key:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         mark.write_text(key)
-    arguments = (ws.dataset_dir, model, split.train, split.validation)
-    job = Job(make_task=make, args=arguments, config=how, out_dir=folder)
+    arguments = (ws.dataset_dir, model, dates, split.validation, earlier)
+    job = Job(make_task=make, args=arguments, config=how, out_dir=folder, start=start)
     (result,) = train_all([job], where=where, on_progress=_tell(stage))
     _collect(folder, ws.root / name)
     stage.details = plan_table(result.plan).splitlines()
     stage.note = result.summary()
     return result
+
+
+def keep_trained(ws: Workspace, version: str) -> None:
+    """What bundle `version`, just published, was trained to, for the day after."""
+    dataset, increment = ws.dataset(), Increment.load(ws.dataset_dir)
+    dates = ws.split(dataset).train if increment is None else (*increment.dates_before, *increment.dates)
+    live = Registry(ws.registry).live()
+    keep_state(ws.registry, version, training=ws.training, encoder=dataset.encoder, dates=dates, live=live)
 
 
 def index(ws: Workspace, stage: Stage, device: str = "cpu") -> None:
@@ -185,12 +231,16 @@ def evaluate(ws: Workspace, stage: Stage, oracle: Oracle | None = None) -> dict:
     return metrics
 
 
-def _towers_task(folder: Path, config: TowerConfig, train: tuple[str, ...], validation: tuple[str, ...]) -> TowersTask:
-    return TowersTask(Dataset.load(folder), config, train, validation)
+def _towers_task(
+    folder: Path, config: TowerConfig, train: tuple[str, ...], validation: tuple[str, ...], earlier: Path | None
+) -> TowersTask:
+    return TowersTask(Dataset.load(folder), config, train, validation, undated=earlier is None)
 
 
-def _ranker_task(folder: Path, config: RankerConfig, train: tuple[str, ...], validation: tuple[str, ...]) -> RankerTask:
-    return RankerTask(Dataset.load(folder), config, train, validation)
+def _ranker_task(
+    folder: Path, config: RankerConfig, train: tuple[str, ...], validation: tuple[str, ...], earlier: Path | None
+) -> RankerTask:
+    return RankerTask(Dataset.load(folder), config, train, validation, earlier)
 
 
 def embed_and_index(

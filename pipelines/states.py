@@ -21,6 +21,7 @@ from features.transforms import Encoder
 from pipelines.checkpoint import Checkpoints
 
 FORMAT = 1
+STATES = "training"
 KEPT = 3
 """States kept, the newest and the live one's among them."""
 MODELS = ("towers", "ranker")
@@ -59,7 +60,7 @@ def keep_state(
 ) -> None:
     """Keep the state of the models that bundle `version` was made of. `training`: the run's training folder; `dates`:
     all days behind the models; `live`: a version whose state must not be dropped to make room."""
-    root = registry / "training"
+    root = registry / STATES
     partial = root / f".{version}-{uuid.uuid4().hex}"
     try:
         (partial / "encoder").mkdir(parents=True)
@@ -82,9 +83,14 @@ def keep_state(
         shutil.rmtree(root / name)
 
 
+def state_folder(registry: Path, version: str) -> Path:
+    """Where a bundle's state lies, if it is kept."""
+    return registry / STATES / version
+
+
 def open_state(registry: Path, version: str) -> TrainedState:
     """The state behind a bundle, every byte held to its digest."""
-    folder = registry / "training" / version
+    folder = state_folder(registry, version)
     record = folder / "trained.json"
     if not record.exists():
         raise StateError(

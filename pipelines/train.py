@@ -22,6 +22,7 @@ from pipelines.checkpoint import CheckpointError, Checkpoints
 from pipelines.cluster import ClusterConfig, cluster, usable_cpus
 from pipelines.telemetry import telemetry
 from pipelines.trainer import Progress, Task, TrainConfig, TrainResult, fit
+from pipelines.warm_start import WarmStart
 
 NODE_WAIT_S = 300.0
 """How long a run that lost a machine waits for another one."""
@@ -37,6 +38,8 @@ class Job:
     config: TrainConfig
     out_dir: Path
     resume: bool = True
+    start: WarmStart | None = None
+    """Where a fresh run begins; None: from nothing."""
 
 
 class TrainingError(RuntimeError):
@@ -162,7 +165,8 @@ def _work(loop_config: dict[str, Any]) -> None:
                 if progress.validation_loss is not None:
                     ray.train.report(asdict(progress))
 
-            fit(job.make_task(*job.args), job.config, out_dir=job.out_dir, resume=job.resume, on_progress=tell)
+            task = job.make_task(*job.args)
+            fit(task, job.config, out_dir=job.out_dir, resume=job.resume, start=job.start, on_progress=tell)
 
 
 def _explain(failed: Exception) -> _Failure:

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from features.dataset import Dataset
+from pipelines.checkpoint import Checkpoints
 from pipelines.states import KEPT, StateError, keep_state, open_state
 from pipelines.trainer import TrainConfig, fit
 
@@ -36,8 +37,9 @@ def test_a_kept_state_opens_to_what_was_trained(keep, toy_task, training, tmp_pa
     state = open_state(tmp_path, "v1")
     assert state.dates == ("2026-01-01", "2026-01-02")
     assert state.encoder.spec == Dataset.load(toy_task.folder).encoder.spec
-    best = json.loads((training / "towers" / "checkpoints" / "best.json").read_text())["checkpoint"]
-    for path in (training / "towers" / "checkpoints" / best).iterdir():
+    best = Checkpoints(training / "towers" / "checkpoints").find("best")
+    assert best is not None
+    for path in best.iterdir():
         assert (state.checkpoint("towers") / path.name).read_bytes() == path.read_bytes()
     assert json.loads((state.exported("ranker") / "training.json").read_text())["name"] == "toy"
 

@@ -37,7 +37,7 @@ from pipelines.checkpoint import Checkpoints
 from pipelines.console import output
 from pipelines.evaluate_ranking import evaluate_tasks, score_examples
 from pipelines.evaluate_retrieval import exact_top, make_queries, method_row, user_vectors
-from pipelines.incremental import IncrementalConfig, carry_on
+from pipelines.incremental import IncrementalConfig, carried_on
 from pipelines.recipes import Recipe, Split, recipe
 from pipelines.run import machine
 from pipelines.trainer import fit
@@ -150,7 +150,8 @@ def trained_on(
 ) -> Models:
     """One more day."""
     new = split.train[-1:]
-    dataset, renewed = carry_on(before.dataset.encoder, **tables, dates=new, keep_ids_days=how.keep_ids_days)
+    encoder, renewed = carried_on(before.dataset.encoder, tables, dates=new, keep_ids_days=how.keep_ids_days)
+    dataset = Dataset.build(encoder.spec, train_dates=new, **tables, encoder=encoder)
     towers = TowersTask(dataset, chosen.towers, new, split.validation, undated=False)
     start = WarmStart(checkpoint=before.checkpoint("towers"), renewed=renewed)
     fit(towers, how.trained_on(chosen.towers_train), out_dir=folder / "towers", start=start)

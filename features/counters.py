@@ -8,12 +8,13 @@ before the log (day BEFORE) nothing is known: zeros, the features of a key witho
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from features.arrays import Allocate, in_memory
 from features.entities import Entities, mapped
 from features.schema import SIGNALS
 
@@ -28,6 +29,31 @@ WIDTH_PER_KEY = len(COUNTED) + 1
 
 
 @dataclass(frozen=True, slots=True)
+class Counted:
+    """Of some rows, for each counted signal: which have it logged (row numbers, None for all), which are positive."""
+
+    logged: tuple[np.ndarray | None, ...]
+    positive: tuple[np.ndarray, ...]
+
+    @classmethod
+    def of(cls, signals_NS: np.ndarray) -> Counted:
+        """From signals (N, len(SIGNALS)): 0, 1 or NaN for not logged."""
+        logged, positive = [], []
+        for signal in COUNTED:
+            value_N = signals_NS[:, SIGNALS.index(signal)]
+            missing_N = np.isnan(value_N)
+            logged.append(np.flatnonzero(~missing_N) if missing_N.any() else None)
+            positive.append(np.flatnonzero(value_N > 0))
+        return cls(tuple(logged), tuple(positive))
+
+    def where(self, mask_N: np.ndarray) -> Counted:
+        """The same of the rows in a mask, numbered anew."""
+        place_N = np.cumsum(mask_N) - 1
+        logged = tuple(None if rows is None else place_N[rows[mask_N[rows]]] for rows in self.logged)
+        return Counted(logged, tuple(place_N[rows[mask_N[rows]]] for rows in self.positive))
+
+
+@dataclass(frozen=True, slots=True)
 class Tally:
     """What one day adds: impressions where a signal was logged, and its positives."""
 
@@ -39,14 +65,17 @@ class Tally:
         shape = (n_keys, len(COUNTED))
         return cls(np.zeros(shape, np.float64), np.zeros(shape, np.float64))
 
-    def add(self, keys_N: np.ndarray, signals_NS: np.ndarray) -> None:
-        """Count rows (keys (N,), signals (N, len(SIGNALS)) with NaN for not logged)."""
+    def add(self, keys_N: np.ndarray, counted: Counted) -> None:
+        """Count rows by key (N,)."""
         n_keys = len(self.logged_ES)
-        for s, signal in enumerate(COUNTED):
-            value = signals_NS[:, SIGNALS.index(signal)]
-            logged = ~np.isnan(value)
-            self.logged_ES[:, s] += np.bincount(keys_N[logged], minlength=n_keys)
-            self.positive_ES[:, s] += np.bincount(keys_N[logged], weights=value[logged], minlength=n_keys)
+        every_E: np.ndarray | None = None
+        for s, (logged, positive) in enumerate(zip(counted.logged, counted.positive, strict=True)):
+            if logged is None:
+                every_E = np.bincount(keys_N, minlength=n_keys) if every_E is None else every_E
+                self.logged_ES[:, s] += every_E
+            else:
+                self.logged_ES[:, s] += np.bincount(keys_N[logged], minlength=n_keys)
+            self.positive_ES[:, s] += np.bincount(keys_N[positive], minlength=n_keys)
 
     def features(self) -> np.ndarray:
         """(E, WIDTH_PER_KEY) float32: log-odds of each smoothed rate less the prior's, then log1p(impressions) / 5."""
@@ -100,33 +129,44 @@ def count_days(
     user_row_N: np.ndarray,
     video_row_N: np.ndarray,
     signals_NS: np.ndarray,
+    allocate: Allocate = in_memory,
 ) -> DailyCounters:
     """Views for days 0 .. n_days; rows of day BEFORE are known from day 0 on.
 
     Authors and tags are keyed by their embedding rows, so they share the hash's collisions and nothing else.
     """
     author_of = np.maximum(np.asarray(videos.sparse[:, videos.columns.slice(author_feature)])[:, 0], 0)
+    authors, author_of = np.unique(author_of, return_inverse=True)  # a table has many more rows than the log authors
     tags_of = np.asarray(videos.sparse[:, videos.columns.slice(tag_feature)])
-    table_rows = dict(zip(videos.columns.names, videos.columns.table_rows, strict=True))
+    tag_rows = dict(zip(videos.columns.names, videos.columns.table_rows, strict=True))[tag_feature]
     user, video = Tally.zeros(len(users) + 1), Tally.zeros(len(videos) + 1)
-    author, tag = Tally.zeros(table_rows[author_feature]), Tally.zeros(table_rows[tag_feature])
-    user_day, video_day = [], []
-    for day in range(BEFORE, n_days):
-        at = np.flatnonzero(day_N == day)
-        rows, signals = video_row_N[at], signals_NS[at]
-        user.add(user_row_N[at], signals)
-        video.add(rows, signals)
-        author.add(author_of[rows], signals)
+    author, tag = Tally.zeros(len(authors)), Tally.zeros(tag_rows)
+    user_day = allocate("counters_user", (n_days + 1, len(users) + 1, WIDTH_PER_KEY), np.float32)
+    video_day = allocate("counters_video", (n_days + 1, len(videos) + 1, 3 * WIDTH_PER_KEY), np.float32)
+    of_day = _by_day_ascending(day_N)
+    for view, day in enumerate(range(BEFORE, n_days)):
+        at = of_day(day)
+        rows, counted = video_row_N[at], Counted.of(signals_NS[at])
+        user.add(user_row_N[at], counted)
+        video.add(rows, counted)
+        author.add(author_of[rows], counted)
         for slot in range(tags_of.shape[1]):
             tags = tags_of[rows, slot]
-            tag.add(tags[tags >= 0], signals[tags >= 0])
-        user_day.append(user.features())
-        video_day.append(
-            np.concatenate(
-                [video.features(), author.features()[author_of], _mean_over(tag.features(), tags_of)], axis=1
-            )
-        )
-    return DailyCounters(user_day, video_day)
+            if (present := tags >= 0).any():
+                tag.add(tags[present], counted.where(present))
+        user_day[view] = user.features()
+        video_day[view, :, :WIDTH_PER_KEY] = video.features()
+        video_day[view, :, WIDTH_PER_KEY : 2 * WIDTH_PER_KEY] = author.features()[author_of]
+        video_day[view, :, 2 * WIDTH_PER_KEY :] = _mean_over(tag.features(), tags_of)
+    return DailyCounters(list(user_day), list(video_day))
+
+
+def _by_day_ascending(day_N: np.ndarray) -> Callable[[int], slice | np.ndarray]:
+    """day -> its rows: a range where the days ascend, as they do in the canonical tables without undated rows."""
+    if (day_N[1:] >= day_N[:-1]).all():
+        return lambda day: slice(*np.searchsorted(day_N, [day, day + 1]))
+    order, days = np.argsort(day_N, kind="stable"), np.sort(day_N)
+    return lambda day: order[slice(*np.searchsorted(days, [day, day + 1]))]
 
 
 def _mean_over(features_EF: np.ndarray, keys_NW: np.ndarray) -> np.ndarray:

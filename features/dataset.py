@@ -7,53 +7,27 @@ workers on a machine share its pages.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, fields, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 
-from features.counters import BEFORE, DailyCounters, count_days
+from features.arrays import in_folder, in_memory
+from features.building import fill_followed, histories_and_counters, undated_examples
+from features.counters import DailyCounters
 from features.entities import Entities, mapped
+from features.examples import EventPart, Examples, dates_of, encode_events, integers, parts_of
 from features.follows import Follows
-from features.history import UNDATED_TS_MS, HistoryLog, signal_bits, watch_fraction
+from features.history import HistoryLog
 from features.inputs import UNKNOWN_UPLOAD, Inputs, UserRows, assemble
 from features.pairs import PAST
-from features.schema import SIGNALS
 from features.spec import FeatureSpec
 from features.transforms import Encoder
 
-
-@dataclass(frozen=True, slots=True)
-class Examples:
-    """Impressions."""
-
-    user_row: np.ndarray
-    video_row: np.ndarray
-    ts_ms: np.ndarray
-    day: np.ndarray
-    """(E,) int64, index into `Dataset.dates`; BEFORE for those that precede the log."""
-    history_end: np.ndarray
-    """(E,) int64, position in the history log one past the last event the impression may see."""
-    surface: np.ndarray
-    slot: np.ndarray
-    signals: np.ndarray
-    """(E, S) float32, NaN for not logged."""
-    watch_ms: np.ndarray
-    """(E,) float32, NaN for not logged."""
-    duration_ms: np.ndarray
-    followed: np.ndarray
-    """(E,) bool, whether the user followed the author strictly before the impression."""
-
-    def __len__(self) -> int:
-        return len(self.user_row)
-
-    def take(self, rows_B: np.ndarray) -> Examples:
-        """These impressions, in this order."""
-        return Examples(*(np.asarray(getattr(self, f.name)[rows_B]) for f in fields(self)))
-
-    def __add__(self, other: Examples) -> Examples:
-        return Examples(*(np.concatenate([getattr(self, f.name), getattr(other, f.name)]) for f in fields(self)))
+DATES_FILE = "dates.json"
+"""Written last."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,33 +59,77 @@ class Dataset:
         *,
         users: pa.Table,
         videos: pa.Table,
-        events: pa.Table,
+        events: pa.Table | Sequence[EventPart],
         undated: pa.Table | None,
         train_dates: tuple[str, ...],
         follows: pa.Table | None = None,
         author_feature: str = "author_id",
         tag_feature: str = "tags",
         encoder: Encoder | None = None,
+        folder: Path | None = None,
+        workers: int = 1,
     ) -> Dataset:
-        """Encode the canonical tables. `events` carries a `date` column (string); the encoder is fitted on, and
-        known ids are taken from, the training dates (and undated impressions) alone, unless there is an `encoder` to be
-        carried on. Without `follows`, the events' own follow signals say who follows whom."""
-        dates = tuple(sorted(set(events["date"].to_pylist())))
-        if undated is not None:
-            undated = undated.sort_by([("user_id", "ascending"), ("position", "ascending")])
+        """Encode the canonical tables. `events` carries a `date` column (string), or comes in parts that are read when
+        they are needed; the encoder is fitted on, and known ids are taken from, the training dates (and undated
+        impressions) alone, unless an `encoder` is carried on. Without `follows`, the events' own follow signals say who
+        follows whom.
+
+        With a `folder` the large arrays are made there, and the result is as `save` and `load` would give it, but was
+        never in memory at once. `workers` threads share the parts of the events and the shards of the users; the result
+        is the same, bit for bit, for any number of them.
+        """
+        allocate = in_memory if folder is None else in_folder(folder)
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / DATES_FILE).unlink(missing_ok=True)  # written last: without it there is no dataset
+        parts = parts_of(events)
+        dates = dates_of(parts)
+        user_ids, video_ids = np.sort(integers(users, "user_id")), np.sort(integers(videos, "video_id"))
+        examples = Examples.allocate(allocate, "examples", sum(part.rows for part in parts))
+        seen = encode_events(
+            parts, examples, spec, user_ids, video_ids, dates=dates, train_dates=train_dates, workers=workers
+        )
+        past = undated_examples(undated, user_ids, video_ids)
+        seen.users[past.user_row], seen.videos[past.video_row] = True, True
         if encoder is None:
             encoder = Encoder.fit(
-                spec,
-                users,
-                videos,
-                seen_users=ids_on(events, train_dates, "user_id", undated),
-                seen_videos=ids_on(events, train_dates, "video_id", undated),
+                spec, users, videos, seen_users=user_ids[seen.users[1:]], seen_videos=video_ids[seen.videos[1:]]
             )
         user_rows, video_rows = encoder.users(users), encoder.videos(videos)
-        followed = Follows.build(user_rows, follows, events)
-        return _with_events(
-            encoder, user_rows, video_rows, videos, events, undated, followed, dates, author_feature, tag_feature
+        history, counters = histories_and_counters(
+            past,
+            examples,
+            seen,
+            users=user_rows,
+            videos=video_rows,
+            n_days=len(dates),
+            author_feature=author_feature,
+            tag_feature=tag_feature,
+            allocate=allocate,
+            workers=workers,
         )
+        by_id = videos.select(["video_id", "author_id", "upload_ts_ms", "eligible"]).sort_by("video_id")
+        author_id = np.concatenate([[0], integers(by_id, "author_id")])
+        followed = Follows.build(user_rows, pa.concat_tables(seen.follows) if follows is None else follows)
+        fill_followed(examples, followed, author_id, workers)
+        dataset = cls(
+            encoder=encoder,
+            users=user_rows,
+            videos=video_rows,
+            upload_ts_ms=np.concatenate([[UNKNOWN_UPLOAD], integers(by_id, "upload_ts_ms", null=UNKNOWN_UPLOAD)]),
+            author_id=author_id,
+            eligible=np.concatenate([[False], by_id["eligible"].to_numpy()]),
+            history=history,
+            counters=counters,
+            follows=followed,
+            examples=examples,
+            undated=past.take(np.flatnonzero(past.user_row > 0)),
+            dates=dates,
+        )
+        if folder is None:
+            return dataset
+        dataset._save_rest(folder)
+        return cls.load(folder)
 
     def rows_on(self, dates: tuple[str, ...]) -> np.ndarray:
         """Examples of these dates (row numbers, ascending)."""
@@ -165,19 +183,21 @@ class Dataset:
     def save(self, folder: Path) -> None:
         """Write everything as .npy and .json into `folder` (created)."""
         folder.mkdir(parents=True, exist_ok=True)
+        self.history.save(folder)
+        self.counters.save(folder)
+        self.examples.save(folder, "examples")
+        self._save_rest(folder)
+
+    def _save_rest(self, folder: Path) -> None:
+        """What `build` does not make in its folder."""
         self.encoder.save(folder)
         self.users.save(folder, "users")
         self.videos.save(folder, "videos")
-        self.history.save(folder)
-        self.counters.save(folder)
         self.follows.save(folder)
         for name in ("upload_ts_ms", "author_id", "eligible"):
             np.save(folder / f"videos_{name}.npy", getattr(self, name), allow_pickle=False)
-        for name in ("examples", "undated"):
-            for field in fields(Examples):
-                values = getattr(getattr(self, name), field.name)
-                np.save(folder / f"{name}_{field.name}.npy", values, allow_pickle=False)
-        (folder / "dates.json").write_text(json.dumps(self.dates))
+        self.undated.save(folder, "undated")
+        (folder / DATES_FILE).write_text(json.dumps(self.dates))
 
     @classmethod
     def load(cls, folder: Path) -> Dataset:
@@ -197,118 +217,7 @@ class Dataset:
             history=HistoryLog.load(folder),
             counters=DailyCounters.load(folder),
             follows=Follows.load(folder),
-            examples=Examples(**{f.name: array(f"examples_{f.name}") for f in fields(Examples)}),
-            undated=Examples(**{f.name: array(f"undated_{f.name}") for f in fields(Examples)}),
-            dates=tuple(json.loads((folder / "dates.json").read_text())),
+            examples=Examples.load(folder, "examples"),
+            undated=Examples.load(folder, "undated"),
+            dates=tuple(json.loads((folder / DATES_FILE).read_text())),
         )
-
-
-def ids_on(events: pa.Table, dates: tuple[str, ...], column: str, undated: pa.Table | None = None) -> np.ndarray:
-    """Ids of the events of these dates, and of the undated impressions; repeats and all."""
-    dated = events.filter(pa.array(np.isin(np.array(events["date"].to_pylist()), np.array(dates))))
-    return np.concatenate([_ids(table, column) for table in (dated, undated) if table is not None])
-
-
-def signals_of(table: pa.Table) -> np.ndarray:
-    """Signal columns -> (rows, S) float32, NaN for null."""
-    return np.stack([table[s].cast(pa.float32()).to_numpy().astype(np.float32) for s in SIGNALS], axis=1)
-
-
-def _with_events(
-    encoder: Encoder,
-    users: Entities,
-    videos: Entities,
-    video_table: pa.Table,
-    events: pa.Table,
-    undated: pa.Table | None,
-    follows: Follows,
-    dates: tuple[str, ...],
-    author_feature: str,
-    tag_feature: str,
-) -> Dataset:
-    n = events.num_rows
-    user_row, video_row = users.rows_of(_ids(events, "user_id")), videos.rows_of(_ids(events, "video_id"))
-    ts_ms, day = _ids(events, "ts_ms"), np.searchsorted(np.array(dates), np.array(events["date"].to_pylist()))
-    signals, watch, duration = signals_of(events), _floats(events, "watch_ms"), _floats(events, "duration_ms")
-    past_users, past_videos = np.zeros(0, np.int64), np.zeros(0, np.int64)
-    past_signals = np.zeros((0, len(SIGNALS)), np.float32)
-    if undated is not None:
-        past_users, past_videos = users.rows_of(_ids(undated, "user_id")), videos.rows_of(_ids(undated, "video_id"))
-        past_signals = signals_of(undated)
-    history = HistoryLog.build(
-        n_users=len(users),
-        user_row=np.concatenate([past_users, user_row]),
-        video_row=np.concatenate([past_videos, video_row]),
-        ts_ms=np.concatenate([np.full(len(past_users), UNDATED_TS_MS), ts_ms]),
-        signals=signal_bits(np.concatenate([past_signals, signals])),
-        watch_fraction=np.concatenate([np.zeros(len(past_users), np.float32), watch_fraction(watch, duration)]),
-    )
-    counters = count_days(
-        users=users,
-        videos=videos,
-        author_feature=author_feature,
-        tag_feature=tag_feature,
-        n_days=len(dates),
-        day_N=np.concatenate([np.full(len(past_users), BEFORE), day]),
-        user_row_N=np.concatenate([past_users, user_row]),
-        video_row_N=np.concatenate([past_videos, video_row]),
-        signals_NS=np.concatenate([past_signals, signals]),
-    )
-    by_id = video_table.sort_by("video_id")
-    author_id = np.concatenate([[0], _ids(by_id, "author_id")])
-    examples = Examples(
-        user_row=user_row,
-        video_row=video_row,
-        ts_ms=ts_ms,
-        day=day.astype(np.int64),
-        history_end=history.ends_at(user_row, ts_ms),
-        surface=encoder.surface_rows(events["surface"].to_pylist()),
-        slot=encoder.slot_rows(events["slot"].fill_null(-1).to_numpy()) if n else np.zeros(0, np.int64),
-        signals=signals,
-        watch_ms=watch,
-        duration_ms=duration,
-        followed=follows.at(user_row, author_id[video_row], ts_ms),
-    )
-    nothing = np.full(len(past_users), np.nan, np.float32)
-    zeros = np.zeros(len(past_users), np.int64)
-    past = Examples(
-        user_row=past_users,
-        video_row=past_videos,
-        ts_ms=zeros + UNDATED_TS_MS,
-        day=zeros + BEFORE,
-        history_end=history.user_start[past_users] + _places(past_users),
-        surface=zeros,
-        slot=zeros,
-        signals=past_signals,
-        watch_ms=nothing,
-        duration_ms=nothing,
-        followed=zeros.astype(bool),
-    )
-    return Dataset(
-        encoder=encoder,
-        users=users,
-        videos=videos,
-        upload_ts_ms=np.concatenate([[UNKNOWN_UPLOAD], _ids(by_id, "upload_ts_ms", null=UNKNOWN_UPLOAD)]),
-        author_id=author_id,
-        eligible=np.concatenate([[False], by_id["eligible"].to_numpy(zero_copy_only=False)]),
-        history=history,
-        counters=counters,
-        follows=follows,
-        examples=examples,
-        undated=past.take(np.flatnonzero(past_users > 0)),
-        dates=dates,
-    )
-
-
-def _places(owner_N: np.ndarray) -> np.ndarray:
-    """Running number of each row among its owner's; rows of one owner stand together."""
-    first_N = np.flatnonzero(np.concatenate([[True], owner_N[1:] != owner_N[:-1]])[: len(owner_N)])
-    return np.arange(len(owner_N)) - np.repeat(first_N, np.diff(np.append(first_N, len(owner_N))))
-
-
-def _ids(table: pa.Table, column: str, null: int = 0) -> np.ndarray:
-    return table[column].fill_null(null).to_numpy().astype(np.int64, copy=False)
-
-
-def _floats(table: pa.Table, column: str) -> np.ndarray:
-    return table[column].cast(pa.float32()).to_numpy().astype(np.float32)

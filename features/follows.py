@@ -6,6 +6,7 @@ to every dated impression, but not to one that precedes the log itself.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Self
@@ -29,10 +30,9 @@ class Follows:
     """(F,) int64, UNDATED_TS_MS for a follow that was there before the log began."""
 
     @classmethod
-    def build(cls, users: Entities, follows: pa.Table | None, events: pa.Table) -> Self:
-        """From the table of follows; without one, from the follows that the events themselves report. Of a pair's
-        times the first one counts; users that are not known, and authors that are not, are left out."""
-        table = _reported(events) if follows is None else follows
+    def build(cls, users: Entities, table: pa.Table) -> Self:
+        """From a table of follows, or what the events report of them (user_id, author_id, ts_ms). Of a pair's times the
+        first one counts; users that are not known are left out."""
         user_row = users.rows_of(table["user_id"].to_numpy())
         author = table["author_id"].to_numpy()
         since_ms = table["ts_ms"].fill_null(UNDATED_TS_MS).to_numpy()
@@ -51,16 +51,24 @@ class Follows:
 
     def at(self, user_row_N: np.ndarray, author_id_N: np.ndarray, ts_ms_N: np.ndarray) -> np.ndarray:
         """Whether each user followed that author strictly before that instant (N,) bool."""
+        return self.asker(author_id_N)(user_row_N, np.arange(len(author_id_N)), ts_ms_N)
+
+    def asker(self, author_id_V: np.ndarray) -> Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]:
+        """A function of (user rows (N,), positions in `author_id_V` (N,), times (N,)) that answers as `at` does: the
+        authors of a catalogue are looked up once, not at each of its impressions."""
         if len(self.author) == 0:
-            return np.zeros(len(user_row_N), bool)
-        authors = np.unique(self.author)
-        owner = np.repeat(np.arange(len(self.start) - 1), np.diff(self.start))
-        keys = owner * len(authors) + np.searchsorted(authors, self.author)
-        place_N = np.minimum(np.searchsorted(authors, author_id_N), len(authors) - 1)
-        asked_N = np.asarray(user_row_N) * len(authors) + place_N
-        at_N = np.minimum(np.searchsorted(keys, asked_N), len(keys) - 1)
-        found_N = (keys[at_N] == asked_N) & (authors[place_N] == author_id_N)
-        return found_N & (self.since_ms[at_N] < np.asarray(ts_ms_N))
+            return lambda user_row_N, author_N, ts_ms_N: np.zeros(len(user_row_N), bool)
+        authors, place_F = np.unique(self.author, return_inverse=True)
+        key_F = np.repeat(np.arange(len(self.start) - 1), np.diff(self.start)) * (len(authors) + 1) + place_F
+        place_V = np.minimum(np.searchsorted(authors, author_id_V), len(authors) - 1)
+        place_V = np.where(authors[place_V] == author_id_V, place_V, len(authors))  # a place that no key has
+
+        def ask(user_row_N: np.ndarray, author_N: np.ndarray, ts_ms_N: np.ndarray) -> np.ndarray:
+            asked_N = np.asarray(user_row_N) * (len(authors) + 1) + place_V[author_N]
+            at_N = np.minimum(np.searchsorted(key_F, asked_N), len(key_F) - 1)
+            return (key_F[at_N] == asked_N) & (self.since_ms[at_N] < np.asarray(ts_ms_N))
+
+        return ask
 
     def save(self, folder: Path) -> None:
         """Write `follows_FIELD.npy` for each field into an existing folder."""
@@ -73,7 +81,7 @@ class Follows:
         return cls(**{f.name: np.load(folder / f"follows_{f.name}.npy", mmap_mode="r") for f in fields(cls)})
 
 
-def _reported(events: pa.Table) -> pa.Table:
-    follow = events["follow"].fill_null(0).to_numpy() > 0
-    known = ~events["author_id"].is_null().to_numpy()
-    return events.filter(pa.array(follow & known))
+def reported(events: pa.Table) -> pa.Table:
+    """user_id, author_id and ts_ms of the follows that events report: a table for `Follows.build`."""
+    given = (events["follow"].fill_null(0).to_numpy() > 0) & events["author_id"].is_valid().to_numpy()
+    return events.select(["user_id", "author_id", "ts_ms"]).filter(pa.array(given))

@@ -6,11 +6,13 @@ deleting the future changes no feature; undated events come before every dated o
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
 
+from features.arrays import Allocate, in_memory, shards
 from features.entities import mapped
 from features.schema import SIGNALS
 
@@ -19,6 +21,9 @@ UNDATED_TS_MS = -(2**62)
 
 GAP_BUCKETS = 24
 """Gap buckets: 0 unknown or padding, then log2 of seconds, capped at 2^22 s (48 days)."""
+
+SHARD_EVENTS = 1 << 19
+"""Events that are sorted together when a log is built: what they need lies in the last cache or near it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +68,21 @@ class HistoryWindow:
         return np.arange(self.video_row_BL.shape[1])[None, :] < self.length_B[:, None]
 
 
+def _by_user_and_time(
+    at_N: np.ndarray, user_N: np.ndarray, ts_N: np.ndarray, n_users: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """`at_N` by user, then time, then as it came, and where another user or instant begins. Logs come in order of time,
+    or nearly: then the sort by time is a look, and the one by users of 16 bits is a radix sort."""
+    if (ts_N[1:] < ts_N[:-1]).any():
+        by_time = np.argsort(ts_N, kind="stable")
+        at_N, user_N, ts_N = at_N[by_time], user_N[by_time], ts_N[by_time]
+    by_user = np.argsort(user_N.astype(np.uint16) if n_users <= 2**16 else user_N, kind="stable")
+    at_N, user_N, ts_N = at_N[by_user], user_N[by_user], ts_N[by_user]
+    fresh_N = np.ones(len(at_N), bool)
+    fresh_N[1:] = (ts_N[1:] != ts_N[:-1]) | (user_N[1:] != user_N[:-1])
+    return at_N, fresh_N
+
+
 def gap_bucket(later_ms: np.ndarray, earlier_ms: np.ndarray, mask: np.ndarray) -> np.ndarray:
     """Log2 buckets of the seconds between two times; 0 where `mask` is False or the earlier time is undated."""
     known = mask & (earlier_ms != UNDATED_TS_MS)
@@ -73,8 +93,7 @@ def gap_bucket(later_ms: np.ndarray, earlier_ms: np.ndarray, mask: np.ndarray) -
 
 def signal_bits(signals_NS: np.ndarray) -> np.ndarray:
     """Signals (N, S) in SIGNALS' order, 0, 1 or NaN for not logged -> bit masks (N,) uint8."""
-    given = np.nan_to_num(signals_NS) > 0
-    return (given.astype(np.uint8) << np.arange(len(SIGNALS), dtype=np.uint8)).sum(axis=1).astype(np.uint8)
+    return np.packbits(signals_NS > 0, axis=1, bitorder="little")[:, 0]
 
 
 def unpack_signals(bits: np.ndarray) -> np.ndarray:
@@ -116,16 +135,71 @@ class HistoryLog:
         watch_fraction: np.ndarray,
     ) -> HistoryLog:
         """Sort M events by (user, time, input order); events of the unknown user (row 0) are left out."""
-        order = np.lexsort((np.arange(len(ts_ms)), ts_ms, user_row))
-        order = order[user_row[order] > 0]
-        counts = np.bincount(user_row[order], minlength=n_users + 1)
-        return cls(
-            user_start=np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
-            video_row=video_row[order].astype(np.int64),
-            signals=signals[order].astype(np.uint8),
-            watch_fraction=watch_fraction[order].astype(np.float32),
-            ts_ms=ts_ms[order].astype(np.int64),
+        log, _ = cls.build_with_ends(
+            n_users=n_users,
+            user_row=user_row,
+            video_row=video_row,
+            ts_ms=ts_ms,
+            signals=signals,
+            watch_fraction=watch_fraction,
         )
+        return log
+
+    @classmethod
+    def build_with_ends(
+        cls,
+        *,
+        n_users: int,
+        user_row: np.ndarray,
+        video_row: np.ndarray,
+        ts_ms: np.ndarray,
+        signals: np.ndarray,
+        watch_fraction: np.ndarray,
+        allocate: Allocate = in_memory,
+        workers: int = 1,
+    ) -> tuple[HistoryLog, np.ndarray]:
+        """The log, and for each event (M,) int64 what `ends_at` says at its instant: in the order of the log it is
+        where its run of equal times begins, so that nothing is searched for. 0 for the unknown user.
+
+        Users are taken in shards, side by side; each has its own range of the log, whatever the number of workers.
+        """
+        counts = np.bincount(user_row, minlength=n_users + 1)
+        counts[0] = 0
+        user_start = allocate("history_user_start", (n_users + 2,), np.int64)
+        user_start[0], user_start[1:] = 0, np.cumsum(counts)
+        size = int(user_start[-1])
+        log = cls(
+            user_start=user_start,
+            video_row=allocate("history_video_row", (size,), np.int64),
+            signals=allocate("history_signals", (size,), np.uint8),
+            watch_fraction=allocate("history_watch_fraction", (size,), np.float32),
+            ts_ms=allocate("history_ts_ms", (size,), np.int64),
+        )
+        ends_M = np.zeros(len(user_row), np.int64)
+        ranges = shards(user_start[1:], SHARD_EVENTS)
+        shard_of = np.repeat(np.arange(len(ranges), dtype=np.uint16), [last - first for first, last in ranges])
+        shard_M = shard_of[user_row]
+        by_shard = np.argsort(shard_M, kind="stable")  # a radix sort, as the numbers have 16 bits
+        shard_end = np.cumsum(np.bincount(shard_M, minlength=len(ranges)))
+
+        def fill(number: int) -> None:
+            (first, last), begin = ranges[number], shard_end[number - 1] if number else 0
+            at_N = by_shard[begin : shard_end[number]]
+            at_N = at_N if first else at_N[user_row[at_N] > 0]
+            at_N, fresh_N = _by_user_and_time(at_N, user_row[at_N] - first, ts_ms[at_N], last - first)
+            base = int(user_start[first])
+            ends_M[at_N] = base + np.maximum.accumulate(np.where(fresh_N, np.arange(len(at_N)), 0))
+            for field, values_M in (
+                (log.video_row, video_row),
+                (log.signals, signals),
+                (log.watch_fraction, watch_fraction),
+                (log.ts_ms, ts_ms),
+            ):
+                field[base : base + len(at_N)] = values_M[at_N]
+
+        with ThreadPoolExecutor(workers) as pool:
+            list(pool.map(fill, range(len(ranges))))
+        return log, ends_M
 
     def ends_at(self, user_row_B: np.ndarray, ts_ms_B: np.ndarray) -> np.ndarray:
         """Position one past the user's last event strictly before the instant (B,) int64.

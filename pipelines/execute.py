@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from pipelines.cluster import cluster
 from pipelines.console import Stage, Stages
 from pipelines.day import Day, DayStage, Turn
-from pipelines.hashes import Files, Hashes
+from pipelines.hashes import Hashes, files_below
 from pipelines.plan import Decision, Selection, decide
 from pipelines.stage_records import StageRecord
 
@@ -96,7 +96,7 @@ def _require_unchanged(decision: Decision, day: Day, hashes: Hashes) -> None:
 
 def _written(stage: DayStage, day: Day, hashes: Hashes) -> dict[str, tuple[int, str]]:
     root = day.ws.root
-    paths = [path for target in stage.writes(day.ws) for path in Files.below("", target).paths.values()]
+    paths = [path for target in stage.writes(day.ws) for path in files_below(target)]
     found = hashes.of({path.relative_to(root).as_posix(): path for path in paths})
     return {name: (entry.bytes, entry.sha256) for name, entry in found.items()}
 

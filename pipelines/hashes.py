@@ -1,7 +1,8 @@
 """What files hold, by sha256: the identity that stages know their inputs and outputs by.
 
-Every file is read once a process as long as its size and time of change stay. Raw logs, which may be large and come
-again every day, are remembered from run to run in the same way; names and times only save reading, they say nothing.
+Every file is read once a process as long as its size and time of change (or a store's version of it) stay. Raw logs,
+which may be large and come again every day, are remembered from run to run in the same way; names and times only save
+reading, they say nothing.
 """
 
 from __future__ import annotations
@@ -15,8 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from features.digests import content_sha256, file_sha256
+from features.digests import content_sha256
 from pipelines.cluster import usable_cpus
+from pipelines.storage import Location, sha256_of, stamp
 
 SETTLED_NS = 2 * 10**9
 """A file that changed less than this before it was hashed may change again without its time showing it: it is not
@@ -35,9 +37,9 @@ class Files:
     """What a stage reads or writes."""
 
     name: str
-    place: Path
+    place: Location | str
     """Where they lie, to be told."""
-    paths: dict[str, Path]
+    paths: Mapping[str, Location]
     """By the names that count: below the folder they have in common, so that they may lie elsewhere."""
     made_by: str | None = None
     """The stage that writes them; None for raw logs."""
@@ -47,22 +49,28 @@ class Files:
     @classmethod
     def below(cls, name: str, place: Path, made_by: str | None = None) -> Files:
         """The one file, or all files of a folder."""
-        if place.is_file():
-            return cls(name, place, {place.name: place}, made_by)
-        found = {path.relative_to(place).as_posix(): path for path in sorted(place.rglob("*")) if path.is_file()}
-        return cls(name, place, found, made_by)
+        root = place.parent if place.is_file() else place
+        return cls(name, place, {path.relative_to(root).as_posix(): path for path in files_below(place)}, made_by)
 
     @classmethod
-    def together(cls, name: str, paths: Iterable[Path]) -> Files:
+    def together(cls, name: str, paths: Iterable[Location]) -> Files:
         """These files, wherever they lie."""
         found = sorted(set(paths), key=str)
-        place = os.path.commonpath([str(path.parent) for path in found]) if found else ""
-        return cls(name, Path(place), {str(path)[len(place) :].lstrip("/"): path for path in found})
+        try:
+            place = os.path.commonpath([str(path.parent) for path in found]) if found else ""
+        except ValueError:  # some on this machine, some elsewhere
+            place = ""
+        return cls(name, place, {str(path)[len(place) :].lstrip("/"): path for path in found})
 
     @property
     def bytes(self) -> int:
         """Of all the files."""
-        return sum(path.stat().st_size for path in self.paths.values())
+        return sum(stamp(path)["size"] for path in self.paths.values())
+
+
+def files_below(place: Path) -> list[Path]:
+    """The one file, or all files of a folder, in order."""
+    return [place] if place.is_file() else [path for path in sorted(place.rglob("*")) if path.is_file()]
 
 
 class Hashes:
@@ -71,13 +79,13 @@ class Hashes:
     def __init__(self, remembered: Path | None = None) -> None:
         """`remembered`: a JSON file of hashes of earlier runs; `save` writes it again."""
         self._file = remembered
-        self._known: dict[str, tuple[int, int, str]] = {}
+        self._known: dict[str, tuple[int, int | str | None, str]] = {}
         self._kept: set[str] = set()
         if remembered is not None and remembered.exists():
             self._known = {path: tuple(entry) for path, entry in json.loads(remembered.read_text()).items()}
             self._kept = set(self._known)
 
-    def of(self, paths: Mapping[str, Path]) -> dict[str, FileHash]:
+    def of(self, paths: Mapping[str, Location]) -> dict[str, FileHash]:
         """Content of every file, by its name; raises FileNotFoundError for one that is gone."""
         with ThreadPoolExecutor(usable_cpus(), thread_name_prefix="sha256") as pool:
             return dict(zip(paths, pool.map(self._one, paths.values()), strict=True))
@@ -88,7 +96,7 @@ class Hashes:
             return files.digest
         return content_sha256({name: entry.sha256 for name, entry in self.of(files.paths).items()})
 
-    def keep(self, paths: Iterable[Path]) -> None:
+    def keep(self, paths: Iterable[Location]) -> None:
         """Remember these beyond this process."""
         self._kept.update(map(str, paths))
 
@@ -99,14 +107,15 @@ class Hashes:
         kept = {path: entry for path, entry in self._known.items() if path in self._kept}
         write_json(self._file, kept)
 
-    def _one(self, path: Path) -> FileHash:
-        asked_ns, stat = time.time_ns(), path.stat()
-        size, mtime_ns, sha256 = self._known.get(str(path), (-1, -1, ""))
-        if (size, mtime_ns) != (stat.st_size, stat.st_mtime_ns):
-            sha256 = file_sha256(path)
-            if stat.st_mtime_ns < asked_ns - SETTLED_NS:
-                self._known[str(path)] = (stat.st_size, stat.st_mtime_ns, sha256)
-        return FileHash(stat.st_size, sha256)
+    def _one(self, path: Location) -> FileHash:
+        asked_ns, now = time.time_ns(), stamp(path)
+        size, version = now["size"], now["version"]
+        *known, sha256 = self._known.get(str(path), (-1, None, ""))
+        if version is None or known != [size, version]:
+            sha256 = sha256_of(path)
+            if version is not None and not (isinstance(path, Path) and version >= asked_ns - SETTLED_NS):
+                self._known[str(path)] = (size, version, sha256)
+        return FileHash(size, sha256)
 
 
 def write_json(path: Path, value: object) -> None:

@@ -12,11 +12,11 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import pyarrow as pa
 
-from features.dataset import Dataset, ids_on
+from features.examples import dates_of, ids_on, parts_of
 from features.transforms import Encoder
 from pipelines.states import StateError, TrainedState
 from pipelines.train_config import TrainConfig
@@ -96,41 +96,26 @@ def new_dates(since: str, training: tuple[str, ...], state: TrainedState) -> tup
     return dates
 
 
-def carry_on(
-    encoder: Encoder,
-    *,
-    users: pa.Table,
-    videos: pa.Table,
-    events: pa.Table,
-    undated: pa.Table | None,
-    follows: pa.Table | None,
-    dates: tuple[str, ...],
-    keep_ids_days: int,
-) -> tuple[Dataset, dict[str, np.ndarray]]:
-    """Examples of the whole log (the day's own are the last of it) as models that are trained on with `dates` read
-    them, and the embedding rows that change hands: see `Encoder.carried_on`."""
-    days = tuple(sorted(set(events["date"].to_pylist())))
-    too_short = len(days) < keep_ids_days
-    recent = days[-keep_ids_days:]
-    carried, renewed = encoder.carried_on(
+def carried_on(
+    encoder: Encoder, tables: Mapping[str, Any], *, dates: tuple[str, ...], keep_ids_days: int
+) -> tuple[Encoder, dict[str, np.ndarray]]:
+    """The encoder for models that are trained on with `dates`, and the embedding rows that change hands: see
+    `Encoder.carried_on`. `tables`: the log to date, by the names of `Dataset.build`."""
+    users, videos, parts = tables["users"], tables["videos"], parts_of(tables["events"])
+    days = dates_of(parts)
+    seen_users, seen_videos = ids_on(parts, dates)
+    if len(days) < keep_ids_days:
+        recent_users, recent_videos = users["user_id"].to_numpy(), videos["video_id"].to_numpy()
+    else:
+        recent_users, recent_videos = ids_on(parts, days[-keep_ids_days:])
+    return encoder.carried_on(
         users,
         videos,
-        seen_users=ids_on(events, dates, "user_id"),
-        seen_videos=ids_on(events, dates, "video_id"),
-        recent_users=users["user_id"].to_numpy() if too_short else ids_on(events, recent, "user_id"),
-        recent_videos=videos["video_id"].to_numpy() if too_short else ids_on(events, recent, "video_id"),
+        seen_users=seen_users,
+        seen_videos=seen_videos,
+        recent_users=recent_users,
+        recent_videos=recent_videos,
     )
-    dataset = Dataset.build(
-        encoder.spec,
-        users=users,
-        videos=videos,
-        events=events,
-        undated=undated,
-        follows=follows,
-        train_dates=dates,
-        encoder=carried,
-    )
-    return dataset, renewed
 
 
 def require_same_model(state: TrainedState, name: str, wanted: Mapping[str, object]) -> None:

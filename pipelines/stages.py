@@ -32,7 +32,7 @@ from features.schema import SIGNALS
 from features.spec import Categorical, FeatureSpec
 from pipelines import ingest as ingestion
 from pipelines.adapters import Adapter
-from pipelines.cluster import ClusterConfig, joined_cpus, spread
+from pipelines.cluster import ClusterConfig, joined_cpus, spread, usable_cpus
 from pipelines.console import Stage
 from pipelines.embed import Catalogue, Embedded, embed
 from pipelines.evaluate_channels import ask_sources, evaluate_channels
@@ -52,7 +52,7 @@ from pipelines.evaluate_retrieval import (
     user_vectors,
 )
 from pipelines.evaluate_tables import describe, evaluate_tables
-from pipelines.incremental import Increment, carry_on, new_dates, require_same_model
+from pipelines.incremental import Increment, carried_on, new_dates, require_same_model
 from pipelines.progress import Progress, TrainResult
 from pipelines.recipes import Split
 from pipelines.sharding import plan_table
@@ -77,22 +77,26 @@ def ingest(ws: Workspace, adapter: Adapter, stage: Stage) -> None:
     """Raw logs -> canonical tables; bad rows go to quarantine and are counted."""
     for leftover in ws.root.glob(f".{ws.canonical.name}.ingest-*"):  # of a run that was killed
         shutil.rmtree(leftover, ignore_errors=True)
-    report = ingestion.ingest(adapter, ws.canonical, on_progress=lambda p: stage.progress(str(p)))
+    report = ingestion.ingest(
+        adapter,
+        ws.canonical,
+        max_bad_share=ws.recipe.max_bad_share,
+        on_progress=lambda p: stage.progress(str(p)),
+    )
     stage.rows = sum(count.rows_in for count in report.tables.values())
     quarantined = sum(count.quarantined for count in report.tables.values())
     events = report.tables["events"]
     stage.note = f"{events.kept:,} events kept, {quarantined:,} rows quarantined, {len(report.dates)} days"
+    stage.details = [report.note] if report.note else []
 
 
 def examples(ws: Workspace, stage: Stage, since: str | None = None, base: str | None = None) -> None:
     """Canonical tables -> encoded, memory-mapped examples with their histories and counters; with `since`, as the
     models of bundle `base` read them, to be trained on with the days from then on."""
-    dates = tuple(sorted(set(ingestion.load_events(ws.canonical)["date"].to_pylist())))
-    training = ws.recipe.split.resolve(dates).train
+    training = ws.recipe.split.resolve(ingestion.event_dates(ws.canonical)).train
     shutil.rmtree(ws.dataset_dir, ignore_errors=True)
     if since is None:
-        dataset = encoded(ws.canonical, ws.recipe.spec, training)
-        dataset.save(ws.dataset_dir)
+        dataset = encoded(ws.canonical, ws.recipe.spec, training, ws.dataset_dir)
     else:
         dataset = _examples_since(ws, since, base, training)
     stage.rows = len(dataset.examples)
@@ -100,9 +104,11 @@ def examples(ws: Workspace, stage: Stage, since: str | None = None, base: str | 
     stage.details = [f"{name}: {share:.2%} of the known ids share their row" for name, share in _collisions(dataset)]
 
 
-def encoded(canonical: Path, spec: FeatureSpec, train_dates: tuple[str, ...]) -> Dataset:
-    """The canonical tables as examples; what is fitted is fitted on the training dates."""
-    return Dataset.build(spec, **canonical_tables(canonical), train_dates=train_dates)
+def encoded(canonical: Path, spec: FeatureSpec, train_dates: tuple[str, ...], folder: Path | None = None) -> Dataset:
+    """The canonical tables as examples, in memory or in a folder; what is fitted is fitted on the training dates."""
+    return Dataset.build(
+        spec, **canonical_tables(canonical), train_dates=train_dates, folder=folder, workers=usable_cpus()
+    )
 
 
 def canonical_tables(canonical: Path) -> dict[str, Any]:
@@ -110,7 +116,7 @@ def canonical_tables(canonical: Path) -> dict[str, Any]:
     return {
         "users": canonical_table(canonical, "users"),
         "videos": canonical_table(canonical, "videos"),
-        "events": ingestion.load_events(canonical),
+        "events": ingestion.event_parts(canonical),
         "undated": ingestion.load_table(canonical, "undated"),
         "follows": ingestion.load_table(canonical, "follows"),
     }
@@ -122,14 +128,11 @@ def _examples_since(ws: Workspace, since: str, base: str | None, training: tuple
     state = open_state(ws.registry, base)
     if state.encoder.spec != ws.recipe.spec:
         raise StateError(f"the recipe's features are not those of bundle {base}: run once without --since")
-    dates = new_dates(since, training, state)
-    dataset, renewed = carry_on(
-        state.encoder,
-        **canonical_tables(ws.canonical),
-        dates=dates,
-        keep_ids_days=ws.recipe.incremental.keep_ids_days,
+    dates, tables = new_dates(since, training, state), canonical_tables(ws.canonical)
+    encoder, renewed = carried_on(state.encoder, tables, dates=dates, keep_ids_days=ws.recipe.incremental.keep_ids_days)
+    dataset = Dataset.build(
+        encoder.spec, **tables, train_dates=dates, encoder=encoder, folder=ws.dataset_dir, workers=usable_cpus()
     )
-    dataset.save(ws.dataset_dir)
     Increment(base=base, dates=dates, dates_before=state.dates, renewed=renewed).save(ws.dataset_dir)
     return dataset
 

@@ -139,17 +139,30 @@ def judge(world: World, folder: Path, registry: Path, feeds: tuple[str, ...], lo
 
 
 def tabled(rows: list[Judged], title: str) -> Table:
-    """One row a feed over all logs."""
+    """One row a feed over all logs: how often the truth of the log's own requests lies in the interval, and how often
+    the mean of all logs' truths does, which a resampling of users speaks of."""
     table = Table(title=title)
-    for column in ("feed", "truth", "mean error", "spread", "interval", "covered", "ESS", "max w", "refused"):
+    for column in (
+        "feed",
+        "truth",
+        "mean error",
+        "spread",
+        "interval",
+        "covered",
+        "its mean",
+        "ESS",
+        "max w",
+        "refused",
+    ):
         table.add_column(column, justify="left" if column == "feed" else "right")
     for feed in dict.fromkeys(row.feed for row in rows):
         mine = [row for row in rows if row.feed == feed]
         error = np.array([row.estimate - row.truth for row in mine])
-        width = np.mean([row.high - row.low for row in mine])
+        width, mean = np.mean([row.high - row.low for row in mine]), np.mean([row.truth for row in mine])
         table.add_row(
-            feed, f"{np.mean([r.truth for r in mine]):.4f}", f"{error.mean():+.4f}", f"{error.std():.4f}",
+            feed, f"{mean:.4f}", f"{error.mean():+.4f}", f"{error.std():.4f}",
             f"+-{width / 2:.4f}", f"{sum(r.covered for r in mine)}/{len(mine)}",
+            f"{sum(r.low <= mean <= r.high for r in mine)}/{len(mine)}",
             f"{np.mean([r.effective for r in mine]):,.0f}", f"{max(r.max_weight for r in mine):.1f}",
             f"{sum(r.refused for r in mine)}/{len(mine)}",
         )  # fmt: skip

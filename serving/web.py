@@ -24,6 +24,7 @@ from google.protobuf.message import Message
 from features.inputs import UNKNOWN_UPLOAD
 from features.spec import MultiValued
 from serving.bundle import FeedBundle
+from serving.calls import OutsideCall, StatusError
 from serving.limits import MAX_MESSAGE_BYTES
 from serving.protos.reelrank.v1 import feed_pb2 as pb
 from serving.security import ServerSecurity, Tokens, is_loopback
@@ -58,31 +59,6 @@ HTTP = {
 }
 """What the servicer may say, as google.rpc.Code maps it to HTTP; all else is 500."""
 _TRACE = ("traceparent", "tracestate")
-
-
-class StatusError(Exception):
-    """A call that ended without an answer: gRPC's status and its details."""
-
-    def __init__(self, code: grpc.StatusCode, details: str) -> None:
-        super().__init__(details)
-        self.code, self.details = code, details
-
-
-class HttpCall:
-    """What the servicer asks of a call's context, for a call that came over HTTP."""
-
-    def __init__(self, request: web.Request) -> None:
-        self._request = request
-
-    def time_remaining(self) -> None:
-        """A browser names no deadline: the server's default counts."""
-
-    def invocation_metadata(self) -> list[tuple[str, str]]:
-        """For the tracer."""
-        return [(name, self._request.headers[name]) for name in _TRACE if name in self._request.headers]
-
-    async def abort(self, code: grpc.StatusCode, details: str) -> None:
-        raise StatusError(code, details)
 
 
 class WebGateway:
@@ -160,12 +136,12 @@ class WebGateway:
         return web.Response(text=(PAGE / name).read_text(), content_type=FILES[name], charset="utf-8")
 
     async def _get_feed(self, request: web.Request) -> web.Response:
-        answer = await self._servicer.GetFeed(await _read(request, pb.GetFeedRequest()), HttpCall(request))
+        answer = await self._servicer.GetFeed(await _read(request, pb.GetFeedRequest()), _call(request))
         ids = [item.video_id for item in answer.items]
         return web.json_response({"page": _plain(answer), "videos": described(self._live.feed.bundle, ids)})
 
     async def _log_events(self, request: web.Request) -> web.Response:
-        answer = await self._servicer.LogEvents(await _read(request, pb.LogEventsRequest()), HttpCall(request))
+        answer = await self._servicer.LogEvents(await _read(request, pb.LogEventsRequest()), _call(request))
         return web.json_response(_plain(answer))
 
     async def _say_about(self, request: web.Request) -> web.Response:
@@ -201,6 +177,10 @@ def described(bundle: FeedBundle, ids: list[int]) -> dict[str, dict[str, Any]]:
         str(video): {"upload_ts_ms": upload, "topics": of_video}
         for video, upload, of_video in zip(ids, uploads, topics, strict=True)
     }
+
+
+def _call(request: web.Request) -> OutsideCall:
+    return OutsideCall([(name, request.headers[name]) for name in _TRACE if name in request.headers])
 
 
 async def _read(request: web.Request, message: Message) -> Any:

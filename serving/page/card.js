@@ -19,7 +19,7 @@ export function drawCard(item, video, nowMs) {
   const frame = element("div", { className: "frame" });
   const seed = hash(item.video_id), topic = hash(String(video.topics[0] ?? item.author_id));
   for (const [name, value] of [
-    ["--a", topic % 360], ["--b", (topic + 24 + (seed % 32)) % 360],
+    ["--a", topic % 360], ["--b", (topic + 280 + (seed % 50)) % 360],
     ["--x", `${15 + (seed % 70)}%`], ["--y", `${10 + ((seed >>> 7) % 45)}%`],
   ]) frame.style.setProperty(name, value);
   frame.append(rings(seed), element("span", { className: "length", textContent: clock(+item.duration_ms) }), told(item, video, nowMs));

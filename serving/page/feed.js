@@ -45,7 +45,7 @@ function clockMs() {
 }
 
 function begin(userId) {
-  session = { userId, cards: [], pages: [], next: "", current: null, blocked: new Set(), loading: null, turn: 0, ended: false };
+  session = { userId, cards: [], pages: [], next: "", current: null, blocked: new Set(), loading: null, atEnd: false, turn: 0, ended: false };
   feed.replaceChildren();
   panel.replaceChildren();
   load();
@@ -76,9 +76,11 @@ async function fetchPage(mine) {
 }
 
 function append(page, videos, asked) {
-  const cards = page.items.map((item) => {
+  const cards = page.items.map((item, at) => {
     const node = drawCard(item, videos[item.video_id], asked.now_ms);
     const card = { item, page, nowMs: asked.now_ms, node, watchedMs: 0, sinceMs: null, given: {}, dirty: false };
+    node.setAttribute("aria-posinset", session.cards.length + at + 1);
+    node.setAttribute("aria-setsize", -1);
     node.addEventListener("click", (event) => {
       const button = event.target.closest("button");
       if (button) act(card, button.dataset.do);
@@ -93,27 +95,36 @@ function append(page, videos, asked) {
   if (!page.items.length || page.shortfall_reason) {
     session.ended = true;
     const said = page.shortfall_reason || "Nothing more is left to show.";
-    feed.append(element("div", { className: "card end", tabIndex: 0 }, element("div", {},
-      element("p", { textContent: "That is the end of this feed." }), element("p", { textContent: said }))));
+    const end = element("div", { className: "card end", tabIndex: 0 }, element("div", {},
+      element("p", { textContent: "That is the end of this feed." }), element("p", { textContent: said })));
+    feed.append(end);
+    watcher.observe(end);
   }
 }
 
 /** Whoever fills most of the screen plays; its dwell is the watch time. */
 const watcher = new IntersectionObserver((entries) => {
-  for (const entry of entries) {
-    const card = session.cards.find(({ node }) => node === entry.target);
-    if (card && entry.isIntersecting && card !== session.current) show(card);
+  for (const { target } of entries.filter((entry) => entry.isIntersecting)) {
+    const card = session.cards.find(({ node }) => node === target);
+    if (card && (card !== session.current || session.atEnd)) show(card);
+    else if (target.classList.contains("end")) {
+      session.atEnd = true;
+      leave(session.current);
+    }
   }
 }, { root: feed, threshold: 0.6 });
 
+function leave(card) {
+  if (!card) return;
+  stop(card);
+  card.dirty = true;
+  log();
+}
+
 function show(card) {
-  const before = session.current;
+  if (!session.atEnd) leave(session.current);
   session.current = card;
-  if (before) {
-    stop(before);
-    before.dirty = true;
-    log();
-  }
+  session.atEnd = false;
   card.node.classList.add("now");
   if (!document.hidden) card.sinceMs = performance.now();
   drawWhy(panel, card, () => panel.classList.remove("open"));
@@ -187,7 +198,7 @@ function drop(cards) {
 }
 
 function move(by) {
-  const node = session.current?.node;
+  const node = session.atEnd ? feed.lastElementChild : session.current?.node;
   const to = by > 0 ? node?.nextElementSibling : node?.previousElementSibling;
   if (!to) return;
   to.scrollIntoView({ behavior: matchMedia("(prefers-reduced-motion: reduce)").matches ? "instant" : "smooth" });
@@ -219,7 +230,7 @@ document.addEventListener("keydown", (event) => {
 
 document.addEventListener("visibilitychange", () => {
   const card = session?.current;
-  if (!card) return;
+  if (!card || session.atEnd) return;
   if (document.hidden) {
     stop(card);
     card.dirty = true;

@@ -132,6 +132,26 @@ def test_likes_follows_and_the_time_spent_are_logged(world, server, page):
     assert int(video) in state.seen_ids
 
 
+def test_the_end_says_why_and_leads_back(page):
+    def last(route):
+        answer = route.fetch()
+        body = answer.json()
+        body["page"]["shortfall_reason"] = "6 candidates passed the filters"
+        route.fulfill(response=answer, json=body)
+
+    page.route("**/api/GetFeed", last)
+    page.select_option("#user", "-1")
+    page.wait_for_selector(".card.now")
+    shown = [current(page), *(swipe(page) for _ in range(5))]
+    with page.expect_response(SENT):
+        page.keyboard.press("ArrowDown")
+    assert "6 candidates passed the filters" in page.inner_text(".end")
+    assert page.locator(".card.now").count() == 0, "nothing plays, so no time is counted"
+    page.keyboard.press("ArrowUp")
+    page.wait_for_selector(".card.now")
+    assert current(page) == shown[-1]
+
+
 def test_markup_in_an_answer_is_text(page):
     hostile = "<img src=x onerror=document.title='owned'>"
 

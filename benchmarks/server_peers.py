@@ -2,9 +2,8 @@
 
 All answer the very `Feed.rank` that ours does, from the same message: a RankRequest's bytes in, a RankResponse's bytes
 back. LitServe takes JSON, so there they travel as base64 text. Each computes two requests at once, on a thread each.
+Annotations are evaluated here: FastAPI reads those of a function, also of one inside another.
 """
-
-from __future__ import annotations
 
 import base64
 import logging

@@ -94,19 +94,30 @@ def test_the_panel_says_what_grpc_says(server, page):
 
 
 def test_no_video_is_shown_twice_over_many_pages(page):
+    """Also none that is on the page already and was not looked at: each request continues the answer before it."""
+    answers = []
+    page.on("response", lambda response: answers.append(response) if response.url.endswith("GetFeed") else None)
+    page.select_option("#user", "-1")
+    page.wait_for_selector(".card.now")
     shown = [current(page)[0], *(swipe(page)[0] for _ in range(25))]
     assert len(set(shown)) == 26
+    tokens = [json.loads(answer.request.post_data)["page_token"] for answer in answers]
+    assert tokens == ["", *(answer.json()["page"]["next_page_token"] for answer in answers[:-1])]
+    assert len(tokens) >= 5
 
 
 def test_not_interested_hides_the_author_from_what_is_there_and_from_the_next_pages(world, server, page):
     user = int(world.dataset.users.ids[11])
     pick(page, user)
     video, author = current(page)
-    with page.expect_response(SENT):
+    with page.expect_request("**/api/GetFeed") as asked, page.expect_response(SENT):
         page.click(".card.now [data-do=hate]")
-    page.wait_for_selector(f'.card.now:not([data-video="{video}"])')
+        page.wait_for_selector(f'.card.now:not([data-video="{video}"])')
+        for _ in range(5):  # to where more is asked for
+            swipe(page)
+    assert json.loads(asked.value.post_data)["blocked_author_ids"] == [author]
     assert page.locator(f'.card[data-author="{author}"]').count() == 1, "only what was shown already"
-    shown = [current(page), *(swipe(page) for _ in range(15))]
+    shown = [current(page), *(swipe(page) for _ in range(10))]
     assert author not in [by for _, by in shown]
     state = server.store.user(user)
     assert int(video) in state.video_id_E[(state.signals_E >> 7 & 1).astype(bool)], "and hate is in the log"

@@ -5,7 +5,8 @@
 The server is a process of its own. Each request is answered here (`Feed.rank`, and the scorer alone) and by the server,
 by turns, so both see the same machine; differences are between medians of a round, and the median over rounds is shown.
 Then 16 callers at once against two servers by turns: the product's, whose threads score side by side, and one whose
-threads hand their requests to one batch (`Ranker.score_together`). Callers and server share this machine's cores.
+threads hand their requests to one batch (`Ranker.score_together`), with 500 candidates and with 50. Callers and server
+share this machine's cores.
 """
 
 from __future__ import annotations
@@ -41,6 +42,8 @@ from serving.scorer import SCORERS, Scorer, accelerate
 from serving.store import SqliteStore
 
 CALLERS = 16
+FEWER = 10
+"""Batching is also measured with so many times fewer candidates, where a request alone leaves the most unused."""
 SCRIPT = """
 import sys
 from pathlib import Path
@@ -95,14 +98,16 @@ def measure(registry: Path, scorer: Scorer, n_candidates: int, n_requests: int, 
     bundle = FeedBundle.load(verified)
     accelerate(bundle.ranker, verified.folder / "ranker", scorer)
     rng = np.random.default_rng(1)
-    requests = [
-        pb.RankRequest(
-            user_id=int(user),
-            video_ids=bundle.videos.ids_of(rng.choice(len(bundle.videos), n_candidates, replace=False) + 1),
-            now_ms=now_ms,
-        )
-        for user in rng.choice(users, n_requests)
-    ]
+    chosen = rng.choice(users, n_requests)
+
+    def of_size(n: int) -> list[pb.RankRequest]:
+        rows = [rng.choice(len(bundle.videos), n, replace=False) + 1 for _ in chosen]
+        ids = [bundle.videos.ids_of(rows_N) for rows_N in rows]
+        return [
+            pb.RankRequest(user_id=u, video_ids=v, now_ms=now_ms) for u, v in zip(chosen.tolist(), ids, strict=True)
+        ]
+
+    requests, few = of_size(n_candidates), of_size(n_candidates // FEWER)
     with tempfile.TemporaryDirectory() as scratch, ExitStack() as running:
         feed = Feed(bundle, SqliteStore(Path(scratch) / "here.sqlite"))
         servers = {
@@ -111,12 +116,7 @@ def measure(registry: Path, scorer: Scorer, n_candidates: int, n_requests: int, 
         }
         process, address = servers["side by side"]
         alone = [_by_turns(feed, address, process.pid, requests) for _ in range(rounds + 1)][1:]
-        many = {name: [] for name in servers}
-        for turn in range(rounds + 1):
-            for name, (process, address) in servers.items():
-                found = asyncio.run(_together(address, process.pid, requests))
-                if turn:
-                    many[name].append(found)
+        many = [_both_ways(servers, asked, rounds) for asked in (requests, few)]
     one = _middle(alone)
     return {
         "candidates": n_candidates,
@@ -124,10 +124,23 @@ def measure(registry: Path, scorer: Scorer, n_candidates: int, n_requests: int, 
         "engine": bundle.ranker.engine,
         "one_caller": one,
         "callers": CALLERS,
-        "many_callers": {name: _middle(found) for name, found in many.items()},
-        "batching_gain": float(
-            np.median([b["per_s"] / a["per_s"] for a, b in zip(many["side by side"], many["batched"], strict=True)])
-        ),
+        "many_callers": many,
+    }
+
+
+def _both_ways(servers: dict[str, Any], requests: list[pb.RankRequest], rounds: int) -> dict[str, Any]:
+    """Both servers by turns, after a round to warm up; the gain is the median of the rounds'."""
+    found: dict[str, list[dict[str, float]]] = {name: [] for name in servers}
+    for turn in range(rounds + 1):
+        for name, (process, address) in servers.items():
+            once = asyncio.run(_together(address, process.pid, requests))
+            if turn:
+                found[name].append(once)
+    gains = [b["per_s"] / a["per_s"] for a, b in zip(found["side by side"], found["batched"], strict=True)]
+    return {
+        "candidates": len(requests[0].video_ids),
+        "servers": {name: _middle(rounds_of) for name, rounds_of in found.items()},
+        "batching_gain": float(np.median(gains)),
     }
 
 
@@ -225,14 +238,22 @@ def show(figures: dict[str, Any], console: Console) -> None:
     ):
         table.add_row(name, f"{one[f'{key}_ms']:.2f}")
     console.print(table)
-    table = Table(f"{figures['callers']} callers", "requests/s", "p50 ms", "p99 ms", "server CPU ms", "callers' CPU ms")
-    for name, found in figures["many_callers"].items():
-        table.add_row(
-            name, f"{found['per_s']:.0f}", *(f"{found[key]:.2f}" for key in ("p50_ms", "p99_ms")),
-            f"{found['server_cpu_ms']:.2f}", f"{found['callers_cpu_ms']:.2f}",
-        )  # fmt: skip
+    table = Table(
+        f"{figures['callers']} callers",
+        "candidates",
+        "requests/s",
+        "p50 ms",
+        "p99 ms",
+        "server CPU ms",
+        "callers' CPU ms",
+    )
+    for size in figures["many_callers"]:
+        for name, found in size["servers"].items():
+            rest = (f"{found[key]:.2f}" for key in ("p50_ms", "p99_ms", "server_cpu_ms", "callers_cpu_ms"))
+            table.add_row(name, str(size["candidates"]), f"{found['per_s']:.0f}", *rest)
     console.print(table)
-    console.print(f"batched against side by side: {figures['batching_gain']:.2f} times the requests/s")
+    for size in figures["many_callers"]:
+        console.print(f"{size['candidates']} candidates, batched: {size['batching_gain']:.2f} times the requests/s")
     console.print(line(figures["machine"]))
 
 

@@ -5,7 +5,6 @@ back. LitServe takes JSON, so there they travel as base64 text. Each computes tw
 Annotations are evaluated here: FastAPI reads those of a function, also of one inside another.
 """
 
-import base64
 import logging
 import sys
 import tempfile
@@ -67,23 +66,9 @@ def fastapi(registry: str, port: int, scorer: Scorer) -> None:
 
 def litserve(registry: str, port: int, scorer: Scorer) -> None:
     """Two worker processes, as it computes in processes."""
-    import litserve as ls
+    from benchmarks.litserve_peer import serve
 
-    class Api(ls.LitAPI):
-        def setup(self, device: str) -> None:
-            self.behind = RankerBehind(registry, scorer)
-
-        def decode_request(self, request: dict[str, str]) -> bytes:
-            return base64.b64decode(request["message"])
-
-        def predict(self, raw: bytes) -> bytes:
-            return self.behind.answer_bytes(raw)
-
-        def encode_response(self, raw: bytes) -> dict[str, str]:
-            return {"message": base64.b64encode(raw).decode()}
-
-    server = ls.LitServer(Api(api_path="/rank"), accelerator="cpu", workers_per_device=AT_ONCE)
-    server.run(host="127.0.0.1", port=port, log_level="warning", generate_client_file=False)
+    serve(registry, port, scorer)
 
 
 def ray_serve(registry: str, port: int, scorer: Scorer) -> None:

@@ -157,7 +157,7 @@ def _requests(registry: Path, n_candidates: int, n_requests: int) -> list[pb.Ran
 
 
 @contextmanager
-def _running(kind: Kind, registry: Path, scorer: Scorer, scratch: Path) -> Iterator[tuple[psutil.Process, int]]:
+def _running(kind: Kind, registry: Path, scorer: Scorer, scratch: Path) -> Iterator[tuple[psutil.Popen, int]]:
     """A server of its own, and everything it started ended again."""
     port = _free_port()
     registry = registry.resolve()
@@ -187,7 +187,7 @@ def _running(kind: Kind, registry: Path, scorer: Scorer, scratch: Path) -> Itera
                 member.kill()
 
 
-async def _measured(kind: Kind, process: psutil.Process, port: int, requests: list[pb.RankRequest]) -> dict[str, float]:
+async def _measured(kind: Kind, process: psutil.Popen, port: int, requests: list[pb.RankRequest]) -> dict[str, float]:
     async with AsyncExitStack() as held:
         ask = await _asker(kind.wire, port + (kind.server == "ray_serve" and kind.wire == "grpc"), held)
         await _until_it_answers(ask, process, requests[0])
@@ -219,13 +219,13 @@ async def _asker(wire: str, port: int, held: AsyncExitStack) -> Ask:
     return over_http if wire == "http" else over_json
 
 
-async def _until_it_answers(ask: Ask, process: psutil.Process, request: pb.RankRequest) -> None:
+async def _until_it_answers(ask: Ask, process: psutil.Popen, request: pb.RankRequest) -> None:
     give_up_s = time.monotonic() + START_S
     while True:
         try:
             answer = await ask(request)
         except (aiohttp.ClientError, grpc.aio.AioRpcError) as error:
-            if time.monotonic() > give_up_s or not process.is_running():
+            if time.monotonic() > give_up_s or process.poll() is not None:
                 raise RuntimeError(f"does not answer: {error}") from error
             await asyncio.sleep(0.5)
         else:
@@ -234,7 +234,7 @@ async def _until_it_answers(ask: Ask, process: psutil.Process, request: pb.RankR
             return
 
 
-async def _pass(ask: Ask, process: psutil.Process, requests: list[pb.RankRequest], callers: int) -> dict[str, float]:
+async def _pass(ask: Ask, process: psutil.Popen, requests: list[pb.RankRequest], callers: int) -> dict[str, float]:
     waiting, took = iter(requests), []
 
     async def caller() -> None:
@@ -255,7 +255,7 @@ async def _pass(ask: Ask, process: psutil.Process, requests: list[pb.RankRequest
     }
 
 
-def _cpu_s(process: psutil.Process) -> float:
+def _cpu_s(process: psutil.Popen) -> float:
     """Of the process and all that it started and that still runs."""
     total = 0.0
     for member in [process, *process.children(recursive=True)]:

@@ -82,7 +82,7 @@ class FeedServer:
             from serving.web import WebGateway  # a server without a page needs no HTTP
 
             self._web = WebGateway(self._servicer, self.live, self.config.security, self._tokens, self._unauthenticated)
-            self.web_port = await self._web.start(self.config.host, self.config.web_port)
+            self.web_port = await self._web.start(self.config.host, self.config.web_port, self.config.drain_grace_s)
         await self._server.start()
         await self._say(health_pb2.HealthCheckResponse.SERVING)
         self._poller = asyncio.create_task(self._follow_live())

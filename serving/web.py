@@ -14,6 +14,7 @@ import ssl
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import grpc
 import numpy as np
@@ -77,8 +78,9 @@ class WebGateway:
         self._about: dict[str, Any] = {}
         self._local = True
 
-    async def start(self, host: str, port: int) -> int:
-        """Bind; returns the port. Raises OSError when it is taken, SecurityError for TLS files that do not fit."""
+    async def start(self, host: str, port: int, grace_s: float) -> int:
+        """Bind; returns the port. `grace_s`: what calls in flight get to end once it is closed. Raises OSError when the
+        port is taken, SecurityError for files of TLS that cannot be used."""
         self._local = is_loopback(host)
         app = web.Application(middlewares=[self._guard], client_max_size=MAX_MESSAGE_BYTES)
         app.router.add_get("/", self._file)
@@ -86,7 +88,7 @@ class WebGateway:
         app.router.add_post("/api/about", self._say_about)
         app.router.add_post("/api/GetFeed", self._get_feed)
         app.router.add_post("/api/LogEvents", self._log_events)
-        self._runner = web.AppRunner(app, handle_signals=False, access_log=None)
+        self._runner = web.AppRunner(app, handle_signals=False, access_log=None, shutdown_timeout=grace_s)
         await self._runner.setup()
         await web.TCPSite(self._runner, host, port, ssl_context=_tls(self._security), reuse_port=False).start()
         return self._runner.addresses[0][1]
@@ -121,7 +123,8 @@ class WebGateway:
             raise StatusError(denied, f"this server answers to this machine alone, not to the name {host!r}")
         if request.method != "POST":
             return
-        if request.headers.get("Origin", f"{request.scheme}://{request.host}") != f"{request.scheme}://{request.host}":
+        origin = request.headers.get("Origin")
+        if origin is not None and urlsplit(origin).netloc != request.host:  # a proxy may end TLS, so not the scheme
             raise StatusError(denied, "pages of other sites may not call this server")
         if request.content_type != "application/json":
             raise StatusError(grpc.StatusCode.INVALID_ARGUMENT, "send JSON: content-type application/json")

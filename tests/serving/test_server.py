@@ -258,7 +258,7 @@ def test_sigterm_ends_the_server_and_a_ready_server_names_its_address_and_its_pa
 
     def on_ready(address: str, version: str) -> None:
         def ask_and_stop() -> None:
-            with FeedClient(address) as client, urllib.request.urlopen(pages[0], timeout=20) as page:
+            with FeedClient(address) as client, urllib.request.urlopen(pages[0], timeout=20) as page:  # noqa: S310
                 answered.append((client.get_feed(5, now_ms=world.now_ms, timeout_s=20).bundle_version, version))
                 answered.append("feed.js" in page.read().decode())
             os.kill(os.getpid(), signal.SIGTERM)

@@ -46,7 +46,7 @@ from serving.protos.reelrank.v1 import feed_pb2_grpc
 from serving.scorer import SCORERS, Scorer
 
 CALLERS = 16
-START_S = 180.0
+START_S = 300.0
 TUNED = {"RAY_SERVE_THROUGHPUT_OPTIMIZED": "1"}
 HAPROXY = TUNED | {"RAY_SERVE_ENABLE_HA_PROXY": "1"}
 Ask = Callable[[pb.RankRequest], Awaitable[pb.RankResponse]]
@@ -177,10 +177,9 @@ def _running(kind: Kind, registry: Path, scorer: Scorer, scratch: Path) -> Itera
     except Exception as error:
         raise RuntimeError(f"{error}; its output ends: {(scratch / 'log').read_text()[-1500:]}") from error
     finally:
-        with suppress(psutil.NoSuchProcess):
+        with suppress(psutil.NoSuchProcess, psutil.TimeoutExpired):
             family = process.children(recursive=True)
-        process.terminate()
-        with suppress(psutil.TimeoutExpired):
+            process.terminate()
             process.wait(timeout=15)
         for member in [*family, process]:
             with suppress(psutil.NoSuchProcess):

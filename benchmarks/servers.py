@@ -47,8 +47,12 @@ from serving.scorer import SCORERS, Scorer
 
 CALLERS = 16
 START_S = 300.0
-TUNED = {"RAY_SERVE_THROUGHPUT_OPTIMIZED": "1"}
-HAPROXY = TUNED | {"RAY_SERVE_ENABLE_HA_PROXY": "1"}
+THROUGHPUT = {"RAY_SERVE_THROUGHPUT_OPTIMIZED": "1"}
+TUNED = THROUGHPUT | {"RAY_SERVE_ENABLE_DIRECT_INGRESS": "0"}
+"""The flags would also leave the proxy out, and then each replica has a port of its own that callers must find."""
+HAPROXY = THROUGHPUT | {"RAY_SERVE_ENABLE_HA_PROXY": "1"}
+APPLICATION = (("application", "default"),)
+"""By which Ray Serve's HAProxy finds the replicas."""
 Ask = Callable[[pb.RankRequest], Awaitable[pb.RankResponse]]
 
 
@@ -200,7 +204,7 @@ async def _asker(wire: str, port: int, held: AsyncExitStack) -> Ask:
     if wire == "grpc":
         channel = await held.enter_async_context(grpc.aio.insecure_channel(f"127.0.0.1:{port}"))
         stub = feed_pb2_grpc.FeedServiceStub(channel)
-        return lambda request: stub.Rank(request, timeout=60)
+        return lambda request: stub.Rank(request, timeout=60, metadata=APPLICATION)
     connector = aiohttp.TCPConnector(limit=CALLERS)
     session = await held.enter_async_context(aiohttp.ClientSession(connector=connector))
     url = f"http://127.0.0.1:{port}/rank"

@@ -4,8 +4,8 @@
 
 RUN is a folder that `reelrank demo --scale SCALE` made. Two more bundles are made from it: one whose ranker was trained
 with another seed, and one that wants clicks and nothing else. Then, for every log: a server with the run's own bundle
-answers the world's people over gRPC and logs what they do; `export_events` writes the log; replay estimates what all
-three feeds would have earned on it (`feed:VERSION`: their own rules and exploration); and the world says what they are
+answers the world's people over gRPC and logs what they do; `export_events` writes the log; replay estimates what both
+feeds would have earned on it (`feed:VERSION`: their own rules and exploration); and the world says what they are
 truly worth: slates drawn from each feed on the same requests, and the exact chances of what they would earn.
 
 What is estimated is a feed's ranking of what the server's sampler could have shown, for users with the histories they
@@ -35,6 +35,7 @@ from pipelines.replay import replay
 from pipelines.replay.bundle import FEED, BundlePolicy
 from pipelines.replay.histories import Histories
 from pipelines.replay.log import CanonicalLog, Window
+from pipelines.replay.policies import LoggedRequests, Valued
 from pipelines.show import served
 from pipelines.stages import train_models
 from pipelines.workspace import Workspace
@@ -98,6 +99,8 @@ def wants_clicks(feed: FeedConfig) -> FeedConfig:
 def train_another(run: Path, out: Path) -> Path:
     """The run's ranker trained anew with another seed, frozen as bundles have it."""
     known = Workspace.open(run)
+    if (out / "recipe.json").exists() and (done := Workspace.open(out).frozen_ranker).exists():
+        return done
     changes = ("ranker_train.seed=2",)
     ws = Workspace.create(out, recipe(known.recipe.name, changes), changes)
     ws.dataset_dir.symlink_to(known.dataset_dir.absolute())
@@ -117,12 +120,26 @@ def write_log(ws: Workspace, world: World, visits: Visits, folder: Path) -> list
     return pages
 
 
+class Once:
+    """A policy that ranks a log of one part once, for the replay and for the truth."""
+
+    def __init__(self, policy: BundlePolicy) -> None:
+        self.name, self._policy = policy.name, policy
+        self._valued: Valued | None = None
+
+    def values(self, requests: LoggedRequests) -> Valued:
+        """The policy's, of the first call."""
+        if self._valued is None:
+            self._valued = self._policy.values(requests)
+        return self._valued
+
+
 def judge(world: World, folder: Path, registry: Path, feeds: tuple[str, ...], log: int, slots: int) -> list[Judged]:
     """Replay the log for every feed, and ask the world."""
     window = Window(slots=slots)
     history = CanonicalLog(folder, (METRIC,), window).history
     histories, bundles = Histories(history.log), [FeedBundle.load(Registry(registry).open(feed)) for feed in feeds]
-    policies = [BundlePolicy(bundle, histories, history.start_ms, kind=FEED) for bundle in bundles]
+    policies = [Once(BundlePolicy(bundle, histories, history.start_ms, kind=FEED)) for bundle in bundles]
     report = replay(folder, policies, metrics=(METRIC,), slots=slots, resamples=400, seed=log)
     truth = true_values(world, folder, policies, METRIC, window=window, draws=DRAWS)
     rows = []
@@ -139,17 +156,30 @@ def judge(world: World, folder: Path, registry: Path, feeds: tuple[str, ...], lo
 
 
 def tabled(rows: list[Judged], title: str) -> Table:
-    """One row a feed over all logs."""
+    """One row a feed over all logs: how often the truth of the log's own requests lies in the interval, and how often
+    the mean of all logs' truths does, which a resampling of users speaks of."""
     table = Table(title=title)
-    for column in ("feed", "truth", "mean error", "spread", "interval", "covered", "ESS", "max w", "refused"):
+    for column in (
+        "feed",
+        "truth",
+        "mean error",
+        "spread",
+        "interval",
+        "covered",
+        "its mean",
+        "ESS",
+        "max w",
+        "refused",
+    ):
         table.add_column(column, justify="left" if column == "feed" else "right")
     for feed in dict.fromkeys(row.feed for row in rows):
         mine = [row for row in rows if row.feed == feed]
         error = np.array([row.estimate - row.truth for row in mine])
-        width = np.mean([row.high - row.low for row in mine])
+        width, mean = np.mean([row.high - row.low for row in mine]), np.mean([row.truth for row in mine])
         table.add_row(
-            feed, f"{np.mean([r.truth for r in mine]):.4f}", f"{error.mean():+.4f}", f"{error.std():.4f}",
+            feed, f"{mean:.4f}", f"{error.mean():+.4f}", f"{error.std():.4f}",
             f"+-{width / 2:.4f}", f"{sum(r.covered for r in mine)}/{len(mine)}",
+            f"{sum(r.low <= mean <= r.high for r in mine)}/{len(mine)}",
             f"{np.mean([r.effective for r in mine]):,.0f}", f"{max(r.max_weight for r in mine):.1f}",
             f"{sum(r.refused for r in mine)}/{len(mine)}",
         )  # fmt: skip
@@ -162,6 +192,7 @@ def main() -> None:
     parser.add_argument("--logs", type=int, default=20)
     parser.add_argument("--visits", type=int, default=4, help="A viewer and log.")
     parser.add_argument("--slots", type=int, default=2, help="Judge the first slots of a page.")
+    parser.add_argument("--work", type=Path, help="Keep the second ranker here, and use the one that is here.")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     console, ws = Console(width=140), Workspace.open(arguments.run)
@@ -172,8 +203,8 @@ def main() -> None:
         shutil.copytree(ws.registry, registry)
         live = Registry(registry).live() or ""
         feed = FeedConfig.from_json(Registry(registry).open(None).path("feed.json").read_text())
-        another = train_another(ws.root, Path(scratch) / "another")
-        feeds = (live, publish_variant(registry, "clicks", feed=wants_clicks(feed)),
+        another = train_another(ws.root, (arguments.work or Path(scratch)) / "another")
+        feeds = (publish_variant(registry, "clicks", feed=wants_clicks(feed)),
                  publish_variant(registry, "another-seed", ranker=another))  # fmt: skip
         for log in range(arguments.logs):
             folder = Path(scratch) / f"log-{log}"
@@ -181,7 +212,9 @@ def main() -> None:
             pages = write_log(ws, world, visits, folder)
             rows += judge(world, folder, registry, feeds, log, arguments.slots)
             shutil.rmtree(folder)
-            told = ", ".join(f"{r.feed} {r.estimate:.4f} [{r.low:.4f}, {r.high:.4f}] {r.truth:.4f}" for r in rows[-3:])
+            told = ", ".join(
+                f"{r.feed} {r.estimate:.4f} [{r.low:.4f}, {r.high:.4f}] {r.truth:.4f}" for r in rows[-len(feeds) :]
+            )
             console.print(f"log {log}: {len(pages):,} pages; {told}", highlight=False)
             _write(arguments.json, {"pages_a_log": len(pages), "served": live, "rows": rows}, began_s)
     title = (

@@ -32,7 +32,7 @@ from pipelines.replay.policies import LoggedRequests, Newest, Popular, Random
 from pipelines.replay.reward_model import RewardModel
 from pipelines.replay.sampling import Sampler, conditional, draw_slates
 from pipelines.replay.slates import Floats, Shard
-from pipelines.world import FAMILIES, SCALES, World, WorldConfig, generate
+from pipelines.world import FAMILIES, LIVES, SCALES, World, WorldConfig, generate
 from pipelines.world.truth import true_values
 
 METRIC = "long_view"
@@ -158,14 +158,14 @@ def policies_of(world: World, history) -> list:
     return [*believers, *baits, Popular(history), Newest(history), Random()]
 
 
-def ranking(scale: str, families: list[str], console: Console, slots: int = 2) -> dict:
+def ranking(scale: str, families: list[str], life: str, console: Console, slots: int = 2) -> dict:
     """Kendall's tau between replayed and true values of ten policies, by family of worlds."""
     from pipelines.replay.log import CanonicalLog
 
     sampler, found = Sampler(temperature=1.0, epsilon=0.05), []
     for number, family in enumerate(families):
         # Another seed too: people and videos are others, so that no family repeats another's luck.
-        config = replace(SCALES[scale], response=FAMILIES[family], seed=SCALES[scale].seed + number)
+        config = replace(SCALES[scale], response=FAMILIES[family], life=LIVES[life], seed=SCALES[scale].seed + number)
         with tempfile.TemporaryDirectory() as scratch:
             folder = Path(scratch) / "world"
             generate(config, folder)
@@ -174,7 +174,7 @@ def ranking(scale: str, families: list[str], console: Console, slots: int = 2) -
             truth = true_values(world, folder, policies, METRIC, sampler=sampler, window=Window(slots=slots), draws=4)
             report = replay(folder, policies, metrics=(METRIC,), sampler=sampler, slots=slots)
         found.append(_order(family, report, truth, console))
-    return {"scale": scale, "slots": slots, "families": found}
+    return {"scale": scale, "life": life, "slots": slots, "families": found}
 
 
 def _order(family: str, report, truth: dict[str, float], console: Console) -> dict:
@@ -229,13 +229,14 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=200)
     parser.add_argument("--scale", default="smoke", choices=tuple(SCALES))
     parser.add_argument("--family", action="append", choices=tuple(FAMILIES), help="Default: all of them.")
+    parser.add_argument("--life", default="still", choices=tuple(LIVES), help="Of `ranking`.")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     console, machine = Console(width=140), describe(("numpy", "polars", "scipy"))
     if arguments.part == "estimators":
         found = estimators(arguments.seeds, console)
     elif arguments.part == "ranking":
-        found = ranking(arguments.scale, arguments.family or list(FAMILIES), console)
+        found = ranking(arguments.scale, arguments.family or list(FAMILIES), arguments.life, console)
     else:
         found = exploration(console)
     console.print(line(machine))

@@ -128,6 +128,10 @@ def serve(
     tokens: Annotated[
         Path | None, typer.Option("--tokens", help="File of bearer tokens, one a line; every call must bring one.")
     ] = None,
+    web: Annotated[
+        int | None,
+        typer.Option("--web", help="Also a page for people, on this port of the same address; 0: any."),
+    ] = None,
     metrics_port: Annotated[
         int | None, typer.Option("--metrics-port", help="Prometheus metrics on this port; 0 lets the system choose.")
     ] = None,
@@ -166,6 +170,7 @@ def serve(
                 token_file=tokens,
                 insecure_public=insecure_public,
             ),
+            web_port=web,
             metrics_port=metrics_port,
             metrics_host=metrics_host,
             otlp=otlp,
@@ -175,6 +180,7 @@ def serve(
             device=device,
         ),
         on_ready=lambda address, version: print(f"serving on {address} (bundle {version})", flush=True),
+        on_page=lambda url: print(f"page on {url}", flush=True),
     )
 
 

@@ -46,7 +46,7 @@ def served(ws: Workspace, store: Path | None = None) -> Iterator[str]:
             yield _wait_for_address(process, log_path)
         finally:
             process.terminate()
-            process.wait(timeout=30)
+            process.wait(timeout=START_TIMEOUT_S)
 
 
 def _wait_for_address(process: subprocess.Popen, log_path: Path) -> str:

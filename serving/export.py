@@ -56,6 +56,7 @@ def export_events(store: Path | str, out: Path) -> int:
             return export_events(_copied(str(store), Path(folder) / "log.sqlite"), out)
     database = sqlite3.connect(f"file:{store}?mode=ro", uri=True)
     try:
+        _know_shortlists(database)
         database.execute("BEGIN")  # both tables as of one instant
         days = [row[0] for row in database.execute("SELECT DISTINCT ts_ms / ? FROM events ORDER BY 1", (DAY_MS,))]
         rows = sum(_export_day(database, day, out) for day in days)
@@ -83,6 +84,13 @@ def _export_day(database: sqlite3.Connection, day: int, out: Path) -> int:
     with _replacing(folder / "log.parquet", EVENTS) as log:
         log.write_table(_table(rows, EVENTS))
     return len(rows)
+
+
+def _know_shortlists(database: sqlite3.Connection) -> None:
+    """A store from before shortlists were kept has none."""
+    if not database.execute("SELECT 1 FROM sqlite_master WHERE name = 'shortlists'").fetchall():
+        columns = "request_id, user_id, ts_ms, surface, video_ids, session_ids"
+        database.execute(f"CREATE TEMP TABLE shortlists ({columns})")
 
 
 def _export_requests(database: sqlite3.Connection, out: Path) -> None:

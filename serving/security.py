@@ -10,7 +10,7 @@ import hashlib
 import hmac
 import ipaddress
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -141,6 +141,12 @@ class Tokens:
         matches = [hmac.compare_digest(found, digest) for digest in self._digests]  # all of them: no early end
         return any(matches)
 
+    def shown(self, authorization: Sequence[str]) -> bool:
+        """Whether the values of a call's `authorization` are one, and a known token."""
+        if len(authorization) != 1 or not authorization[0].startswith(_BEARER):
+            return False
+        return self.knows(authorization[0].removeprefix(_BEARER))
+
     def refresh(self) -> None:
         """Read the file again if it changed; one that cannot be used changes nothing but a log line."""
         try:
@@ -170,8 +176,7 @@ class AskToken(grpc.aio.ServerInterceptor):
         return self._refusal
 
     def _shown(self, details: Any) -> bool:
-        given = [value for name, value in details.invocation_metadata or () if name == _AUTHORIZATION]
-        return len(given) == 1 and given[0].startswith(_BEARER) and self._tokens.knows(given[0].removeprefix(_BEARER))
+        return self._tokens.shown([v for name, v in details.invocation_metadata or () if name == _AUTHORIZATION])
 
     async def _refuse(self, messages: Any, context: Any) -> None:
         self._on_refused()

@@ -56,16 +56,16 @@ class FeedServer:
             self.store.close()
             raise
         self.metrics = Metrics()
-        self.port = self.metrics_port = 0
+        self.port = self.metrics_port = self.web_port = 0
         self._health = health.aio.HealthServicer()  # pyright: ignore[reportAttributeAccessIssue]
         self._servicer = FeedServicer(self.live, self.store, self.config, self.metrics, self._tracer)
         self.metrics.read_at_scrape(_readings(self.live, self.store, self._servicer), lambda: self.live.version)
-        self._metrics_server = None
+        self._metrics_server = self._web = None
 
     async def start(self) -> None:
-        """Bind and answer; `port` and `metrics_port` are known from here on. Raises SecurityError when TLS files do
-        not fit each other, and RuntimeError when the port is taken."""
-        ask = () if self._tokens is None else (AskToken(self._tokens, lambda: self.metrics.refused("unauthenticated")),)
+        """Bind and answer; `port`, `metrics_port` and `web_port` are known from here on. Raises SecurityError when TLS
+        files do not fit each other, RuntimeError or OSError when a port is taken."""
+        ask = () if self._tokens is None else (AskToken(self._tokens, self._unauthenticated),)
         self._server = grpc.aio.server(
             interceptors=ask,
             maximum_concurrent_rpcs=self.config.max_in_flight + _ROOM_FOR_OTHERS,
@@ -78,6 +78,11 @@ class FeedServer:
         if self.config.metrics_port is not None:
             self._metrics_server = self.metrics.listen(self.config.metrics_host, self.config.metrics_port)
             self.metrics_port = self._metrics_server.server_port
+        if self.config.web_port is not None:
+            from serving.web import WebGateway  # a server without a page needs no HTTP
+
+            self._web = WebGateway(self._servicer, self.live, self.config.security, self._tokens, self._unauthenticated)
+            self.web_port = await self._web.start(self.config.host, self.config.web_port, self.config.drain_grace_s)
         await self._server.start()
         await self._say(health_pb2.HealthCheckResponse.SERVING)
         self._poller = asyncio.create_task(self._follow_live())
@@ -87,6 +92,8 @@ class FeedServer:
         await self._say(health_pb2.HealthCheckResponse.NOT_SERVING)
         await asyncio.sleep(self.config.drain_notice_s)
         self._poller.cancel()
+        if self._web is not None:
+            await self._web.close()
         await self._server.stop(self.config.drain_grace_s)
         for close in (self._servicer.close, self.live.close, self.store.close):
             await asyncio.to_thread(close)
@@ -96,9 +103,11 @@ class FeedServer:
         if self._tracer is not None:
             await asyncio.to_thread(self._tracer.close)
 
+    def _unauthenticated(self) -> None:
+        self.metrics.refused("unauthenticated")
+
     def _bind(self) -> int:
-        host = f"[{self.config.host}]" if ":" in self.config.host else self.config.host
-        address = f"{host}:{self.config.port}"
+        address = f"{_host(self.config.host)}:{self.config.port}"
         if self._credentials is None:
             return self._server.add_insecure_port(address)
         try:
@@ -118,6 +127,11 @@ class FeedServer:
             await asyncio.to_thread(self.live.poll)
             if self._tokens is not None:
                 await asyncio.to_thread(self._tokens.refresh)
+
+
+def _host(host: str) -> str:
+    """As it stands in an address with a port."""
+    return f"[{host}]" if ":" in host else host
 
 
 def _readings(live: LiveFeed, store: EventStore, servicer: FeedServicer) -> list[Reading]:
@@ -148,13 +162,17 @@ def serve(
     store: Path | str,
     config: ServerConfig | None = None,
     on_ready: Callable[[str, str], None] | None = None,
+    on_page: Callable[[str], None] | None = None,
 ) -> None:
-    """Serve until SIGTERM or SIGINT, then drain. `on_ready(address, bundle version)` is called once calls are taken."""
+    """Serve until SIGTERM or SIGINT, then drain. `on_ready(address, bundle version)` is called once calls are taken,
+    and before it `on_page(url)` where there is a page."""
     sys.setswitchinterval(SWITCH_INTERVAL_S)
-    asyncio.run(_serve(FeedServer(registry, store, config), on_ready))
+    asyncio.run(_serve(FeedServer(registry, store, config), on_ready, on_page))
 
 
-async def _serve(server: FeedServer, on_ready: Callable[[str, str], None] | None) -> None:
+async def _serve(
+    server: FeedServer, on_ready: Callable[[str, str], None] | None, on_page: Callable[[str], None] | None
+) -> None:
     stopping = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stopping.set)
@@ -162,6 +180,9 @@ async def _serve(server: FeedServer, on_ready: Callable[[str, str], None] | None
     address = f"{server.config.host}:{server.port}"
     version = server.live.feed.bundle.version
     _log.info("serving bundle %s at %s", version, address)
+    if on_page is not None and server.web_port:
+        scheme = "http" if server.config.security.cert_file is None else "https"
+        on_page(f"{scheme}://{_host(server.config.host)}:{server.web_port}/")
     if on_ready is not None:
         on_ready(address, version)
     await stopping.wait()

@@ -38,6 +38,8 @@ class ServerConfig:
     """When uploads are moved into an index of their own. The store is what survives a crash, so nothing is flushed."""
     poll_s: float = 1.0
     """How often LIVE, and the token file, are looked at."""
+    web_port: int | None = None
+    """The page for people, on `host` and protected as it is; 0 lets the system choose, None: no page."""
     metrics_port: int | None = None
     """Prometheus: `GET /metrics` here, on `metrics_host`; 0 lets the system choose, None: nowhere."""
     metrics_host: str = "127.0.0.1"

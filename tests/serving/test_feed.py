@@ -381,3 +381,19 @@ def test_a_feed_config_survives_json_and_its_policy_id_changes_with_any_field():
     assert replace(config, filters=FilterConfig()).policy_id != config.policy_id
     with pytest.raises(ValueError, match=r"feed\.json: filters: unknown fields \['age'\]"):
         FeedConfig.from_json('{"filters": {"age": 1}}')
+
+
+def test_a_feed_gives_no_chance_to_what_its_rules_forbid(world, bundle):
+    """What another feed showed may be a second video of one author, which this one never shows."""
+    strict = replace(bundle, config=replace(bundle.config, arrange=replace(bundle.config.arrange, author_cap=1)))
+    author, rows = next((a, np.flatnonzero(bundle.author_id == a)) for a in bundle.author_id[1:])
+    assert len(rows) > 1
+    asked = bundle.videos.ids_of(np.concatenate([rows, np.flatnonzero(bundle.author_id != author)[1:30]]))
+    logged = Shortlist("r", int(bundle.users.ids[0]), world.now_ms, "main", asked, np.zeros(0, np.int64))
+    chances = []
+    for feed in (bundle, strict):
+        ranked = rerank(feed, NOTHING_KNOWN, logged)
+        slots = zip((0, 1), ranked.along(np.array([0, 1])), strict=True)
+        chances.append([float(p[considered == item].sum()) for item, (considered, p) in slots])
+    assert min(chances[0]) > 0
+    assert chances[1] == [pytest.approx(chances[0][0], rel=1e-9), 0.0]

@@ -8,8 +8,10 @@ import shutil
 import signal
 import sys
 import threading
+import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import grpc
@@ -251,19 +253,20 @@ def test_acknowledged_events_survive_kill_9_once_and_change_the_next_page(world,
     assert logged == {(item.slot, item.video_id, item.propensity, "v1") for item in page.items}
 
 
-def test_sigterm_ends_the_server_and_a_ready_server_names_its_address(world, tmp_path):
-    answered = []
+def test_sigterm_ends_the_server_and_a_ready_server_names_its_address_and_its_page(world, tmp_path):
+    answered, pages = [], []
 
     def on_ready(address: str, version: str) -> None:
         def ask_and_stop() -> None:
-            with FeedClient(address) as client:
+            with FeedClient(address) as client, urllib.request.urlopen(pages[0], timeout=20) as page:  # noqa: S310
                 answered.append((client.get_feed(5, now_ms=world.now_ms, timeout_s=20).bundle_version, version))
+                answered.append("feed.js" in page.read().decode())
             os.kill(os.getpid(), signal.SIGTERM)
 
         threading.Thread(target=ask_and_stop).start()
 
-    serve(world.registry, tmp_path / "s.sqlite", CONFIG, on_ready)
-    assert answered == [("v1", "v1")]
+    serve(world.registry, tmp_path / "s.sqlite", replace(CONFIG, web_port=0), on_ready, pages.append)
+    assert answered == [("v1", "v1"), True]
 
 
 def test_calls_beyond_the_limit_are_refused_at_once(server, world):

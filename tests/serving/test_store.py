@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sqlite3
+from contextlib import closing
 from dataclasses import replace
 
 import numpy as np
@@ -171,6 +173,16 @@ def test_what_a_slate_was_drawn_from_is_replaced_with_it_and_by_nobody_else(stor
     log(store, event(0))
     candidates, _ = exported(tmp_path / "log" / "events.sqlite", tmp_path / "out")
     assert [row["video_ids"] for row in candidates] == [[VIDEO, 2]]
+
+
+def test_a_store_from_before_shortlists_were_kept_is_exported_without_any(store, tmp_path):
+    store.log_served([served(0, 0.25)])
+    log(store, event(0))
+    store.close()
+    with closing(sqlite3.connect(tmp_path / "log" / "events.sqlite")) as database, database:
+        database.execute("DROP TABLE shortlists")
+    candidates, others = exported(tmp_path / "log" / "events.sqlite", tmp_path / "out")
+    assert (candidates, others) == ([], [("r1", "no candidate set kept")])
 
 
 def test_a_share_of_the_shortlists_is_kept_by_request_and_not_by_slate(tmp_path):

@@ -131,7 +131,15 @@ def show(figures: dict[str, Any], console: Console) -> None:
     """One row a server, the first one's figures as the measure of the others."""
     console.print(f"Rank of {figures['candidates']} candidates, medians of {figures['rounds']} rounds")
     table = Table(
-        "server", "1 caller p50", "p99", "16 callers requests/s", "of ours", "p50", "p99", "CPU ms: server", "callers"
+        "server",
+        "1 caller p50",
+        "p99",
+        "16 callers requests/s",
+        "to the first",
+        "p50",
+        "p99",
+        "CPU ms: server",
+        "callers",
     )
     first = next(iter(figures["servers"].values()), None)
     for name, said in figures["servers"].items():

@@ -192,6 +192,7 @@ def main() -> None:
     parser.add_argument("--logs", type=int, default=20)
     parser.add_argument("--visits", type=int, default=4, help="A viewer and log.")
     parser.add_argument("--slots", type=int, default=2, help="Judge the first slots of a page.")
+    parser.add_argument("--temperature", type=float, help="Of all feeds' exploration. Default: the bundle's own.")
     parser.add_argument("--work", type=Path, help="Keep the second ranker here, and use the one that is here.")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
@@ -201,8 +202,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         registry = Path(scratch) / "registry"  # the run's own stays as it is
         shutil.copytree(ws.registry, registry)
-        live = Registry(registry).live() or ""
         feed = FeedConfig.from_json(Registry(registry).open(None).path("feed.json").read_text())
+        if arguments.temperature is not None:
+            feed = replace(feed, arrange=replace(feed.arrange, temperature=arguments.temperature))
+            Registry(registry).set_live(publish_variant(registry, "explores", feed=feed))
+        live, ws = Registry(registry).live(), Workspace.open(ws.root, registry)
         another = train_another(ws.root, (arguments.work or Path(scratch)) / "another")
         feeds = (publish_variant(registry, "clicks", feed=wants_clicks(feed)),
                  publish_variant(registry, "another-seed", ranker=another))  # fmt: skip
@@ -216,7 +220,7 @@ def main() -> None:
                 f"{r.feed} {r.estimate:.4f} [{r.low:.4f}, {r.high:.4f}] {r.truth:.4f}" for r in rows[-len(feeds) :]
             )
             console.print(f"log {log}: {len(pages):,} pages; {told}", highlight=False)
-            _write(arguments.json, {"pages_a_log": len(pages), "served": live, "rows": rows}, began_s)
+            _write(arguments.json, {"pages_a_log": len(pages), "arrange": asdict(feed.arrange), "rows": rows}, began_s)
     title = (
         f"{arguments.logs} logs of {len(pages):,} pages by a server of {live}, {METRIC} a shown video, "
         f"first {arguments.slots} slots; snrips@100"

@@ -52,6 +52,7 @@ def cluster(config: ClusterConfig) -> Iterator[None]:
         ray.init(address=config.address, **quiet)
     else:
         ray.init(
+            address="local",  # else Ray would join whatever cluster runs on this machine
             num_cpus=config.cpus or max(2, usable_cpus()),
             include_dashboard=False,
             object_store_memory=config.object_store_mib * 2**20,

@@ -32,10 +32,11 @@ def execute(
     *,
     after_each: Callable[[], None] = lambda: None,
 ) -> None:
-    """Run what is asked for and not done yet. Ray, where a stage wants it, is started once and stopped behind the last
-    such stage; on a cluster everything that can be spread is spread over it."""
+    """Run what is asked for and not done yet, in a folder that the caller has `locked`. Ray, where a stage wants it, is
+    started once and stopped behind the last such stage; on a cluster everything that can be spread is spread over it.
+    """
     stages, hashes = selection.stages(), log_hashes(day)
-    with day.ws.locked(), ExitStack() as ray:
+    with ExitStack() as ray:
         for number, stage in enumerate(stages):
             decision = decide(stage, day, hashes, selection)
             if not decision.run:

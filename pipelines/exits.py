@@ -38,6 +38,7 @@ def exit_code(error: Exception) -> int | None:
         InputsChangedError,
         WorkspaceBusyError,
         StoppedError,
+        TimeoutError,
         SequentialTrainingError,
         grpc.RpcError,
     )

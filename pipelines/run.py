@@ -11,7 +11,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -26,7 +26,7 @@ from pipelines.exits import EXIT_FAILED, EXIT_REFUSED, StoppedError, exit_code, 
 from pipelines.hashes import write_json
 from pipelines.plan import Selection
 from pipelines.stage_records import StageRecord
-from pipelines.workspace import Workspace
+from pipelines.workspace import Workspace, WorkspaceBusyError
 
 REPORTED = ("torch", "torchrec", "fbgemm-gpu-cpu", "faiss-cpu", "ray", "pyarrow", "numpy", "grpcio")
 
@@ -34,9 +34,9 @@ REPORTED = ("torch", "torchrec", "fbgemm-gpu-cpu", "faiss-cpu", "ray", "pyarrow"
 class RunReport:
     """`run.json`, kept up to date while the run goes: killed at any moment, it says "running" and no exit code."""
 
-    def __init__(self, shown: Stages, files: Sequence[Path]) -> None:
-        """`files`: where it is written; a folder that is not there yet is passed over until it is."""
-        self._shown, self._files = shown, files
+    def __init__(self, shown: Stages, file: Path, copy: Path | None = None) -> None:
+        """`file` is written when its folder is there; `copy` always."""
+        self._shown, self._file, self._copy = shown, file, copy
         self.record: dict[str, Any] = {
             "status": "running",
             "exit_code": None,
@@ -47,17 +47,18 @@ class RunReport:
             "versions": {name: version(name) for name in REPORTED if _installed(name)},
         }
 
-    def save(self) -> None:
-        """Write it as things stand."""
+    def save(self, *, own: bool = True) -> None:
+        """Write it as things stand; without `own`, the copy alone."""
         self.record["stages"] = self._shown.records()
-        for file in self._files:
-            if file.parent.is_dir():
-                write_json(file, self.record)
+        if self._copy is not None:
+            write_json(self._copy, self.record)
+        if own and self._file.parent.is_dir():
+            write_json(self._file, self.record)
 
     @contextmanager
     def guarded(self) -> Iterator[None]:
-        """However the block ends, the report says so. SIGTERM ends it as a failure."""
-        self.save()
+        """However the block ends, the report says so. SIGTERM ends it as a failure. Where another process writes the
+        folder, its report stays."""
         try:
             with _stopped_by_sigterm():
                 yield
@@ -65,7 +66,7 @@ class RunReport:
             code = (exit_code(error) if isinstance(error, Exception) else None) or EXIT_FAILED
             self.record |= {"status": "refused" if code == EXIT_REFUSED else "failed", "exit_code": code}
             self.record["error"] = self._told(error)
-            self.save()
+            self.save(own=not isinstance(error, WorkspaceBusyError))
             raise
         self.record |= {"status": "ok", "exit_code": 0}
         self.save()

@@ -56,6 +56,7 @@ from pipelines.slices import evaluate_slices, slicings
 from pipelines.slot_effect import slot_effect
 from pipelines.train import Job, train_all
 from pipelines.trainer import Progress, TrainResult
+from pipelines.worker_lock import hold_while_alive, wait_for_workers
 from pipelines.workspace import Workspace
 from ranking.config import RankerConfig
 from ranking.freeze import freeze
@@ -122,13 +123,14 @@ def train_model(
         "towers": (_towers_task, ws.recipe.towers, ws.recipe.towers_train),
         "ranker": (_ranker_task, ws.recipe.ranker, ws.recipe.ranker_train),
     }[name]
-    folder = ws.training / name
+    folder, lock = ws.training / name, ws.training / f".{name}.lock"
+    wait_for_workers(lock, stage.progress)
     mark = folder / "learnt-from"
     if fresh or not mark.exists() or mark.read_text() != key:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         mark.write_text(key)
-    arguments = (ws.dataset_dir, model, split.train, split.validation)
+    arguments = (ws.dataset_dir, model, split.train, split.validation, lock)
     job = Job(make_task=make, args=arguments, config=how, out_dir=folder)
     (result,) = train_all([job], where=where, on_progress=_tell(stage))
     _collect(folder, ws.root / name)
@@ -236,11 +238,27 @@ def publish(ws: Workspace, stage: Stage, *, force: bool = False, device: str = "
     return version, verdicts
 
 
-def _towers_task(folder: Path, config: TowerConfig, train: tuple[str, ...], validation: tuple[str, ...]) -> TowersTask:
+def _towers_task(
+    folder: Path,
+    config: TowerConfig,
+    train: tuple[str, ...],
+    validation: tuple[str, ...],
+    lock: Path | None = None,
+) -> TowersTask:
+    if lock is not None:
+        hold_while_alive(lock)
     return TowersTask(Dataset.load(folder), config, train, validation)
 
 
-def _ranker_task(folder: Path, config: RankerConfig, train: tuple[str, ...], validation: tuple[str, ...]) -> RankerTask:
+def _ranker_task(
+    folder: Path,
+    config: RankerConfig,
+    train: tuple[str, ...],
+    validation: tuple[str, ...],
+    lock: Path | None = None,
+) -> RankerTask:
+    if lock is not None:
+        hold_while_alive(lock)
     return RankerTask(Dataset.load(folder), config, train, validation)
 
 

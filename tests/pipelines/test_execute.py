@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -225,7 +226,7 @@ def test_a_plan_says_what_a_run_then_does_and_touches_nothing(letters: Letters, 
     [
         (ValueError("no such column"), "failed", 2, "ValueError: no such column"),
         (ZeroDivisionError("a bug"), "failed", 1, "ZeroDivisionError: a bug"),
-        (StoppedError("stopped by SIGTERM"), "failed", 1, "StoppedError: stopped by SIGTERM"),
+        (StoppedError("not raised here: SIGTERM is sent"), "failed", 1, "StoppedError: stopped by SIGTERM"),
         (KeyboardInterrupt(), "failed", 1, "KeyboardInterrupt"),
     ],
 )
@@ -235,6 +236,8 @@ def test_the_report_of_a_run_that_failed_names_stage_error_and_exit_code(
     def fails(name: str) -> None:
         running = json.loads((tmp_path / "report.json").read_text())
         assert (running["status"], running["exit_code"]) == ("running", None)
+        if name == "join" and isinstance(error, StoppedError):
+            os.kill(os.getpid(), signal.SIGTERM)
         if name == "join":
             raise error
 

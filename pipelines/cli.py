@@ -13,6 +13,7 @@ from typing import Annotated
 
 import typer
 
+from pipelines.cluster import CALM_THREADS
 from pipelines.exits import EXIT_INPUT, EXIT_REFUSED, exit_code, message
 from pipelines.replay_commands import replay_app
 from pipelines.run_commands import Device, Overrides, Run, evaluate, index_build, ingest, publish, run, train
@@ -28,10 +29,6 @@ app = typer.Typer(
 index_app = typer.Typer(help="Build the FAISS index of a run, or plan one of any size.", no_args_is_help=True)
 app.add_typer(index_app, name="index")
 app.add_typer(replay_app, name="replay")
-
-CALM_THREADS = {"OMP_WAIT_POLICY": "PASSIVE", "OPENBLAS_NUM_THREADS": "1"}
-"""Threads that wait must not spin: beside another process on the same cores, spinning cost 5 to 20 times the work.
-Read by the libraries as they load, so set before anything is imported; Ray's workers inherit them."""
 
 Ca = Annotated[Path | None, typer.Option("--ca", help="PEM of whoever signed the server's certificate; turns TLS on.")]
 Cert = Annotated[Path | None, typer.Option("--cert", help="This client's certificate, where the server asks for one.")]

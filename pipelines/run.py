@@ -57,13 +57,13 @@ class RunReport:
 
     @contextmanager
     def guarded(self) -> Iterator[None]:
-        """However the block ends, the report says so. SIGTERM ends it as a failure. Where another process writes the
-        folder, its report stays."""
+        """However the block ends, the report says so. SIGTERM and Ctrl-C end it as a failure. Where another process
+        writes the folder, its report stays."""
         try:
-            with _stopped_by_sigterm():
+            with _stopped_by_signals():
                 yield
         except BaseException as error:
-            code = (exit_code(error) if isinstance(error, Exception) else None) or EXIT_FAILED
+            code = (exit_code(error) if isinstance(error, Exception) else getattr(error, "code", None)) or EXIT_FAILED
             self.record |= {"status": "refused" if code == EXIT_REFUSED else "failed", "exit_code": code}
             self.record["error"] = self._told(error)
             self.save(own=not isinstance(error, WorkspaceBusyError))
@@ -132,20 +132,22 @@ def _published(ws: Workspace) -> dict[str, Any]:
 
 
 @contextmanager
-def _stopped_by_sigterm() -> Iterator[None]:
-    """Schedulers stop a job with SIGTERM; as an exception it lets files be closed and the report be written."""
+def _stopped_by_signals() -> Iterator[None]:
+    """Schedulers stop a job with SIGTERM, people with Ctrl-C; as an error of ours either lets files be closed and the
+    report be written, and gives exit code 1."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
     def stop(number: int, frame: object) -> None:
-        raise StoppedError("stopped by SIGTERM")
+        raise StoppedError(f"stopped by {signal.Signals(number).name}")
 
-    before = signal.signal(signal.SIGTERM, stop)
+    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _retrieval_note(retrieval: dict) -> str:

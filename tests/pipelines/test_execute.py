@@ -228,6 +228,7 @@ def test_a_plan_says_what_a_run_then_does_and_touches_nothing(letters: Letters, 
         (ZeroDivisionError("a bug"), "failed", 1, "ZeroDivisionError: a bug"),
         (StoppedError("not raised here: SIGTERM is sent"), "failed", 1, "StoppedError: stopped by SIGTERM"),
         (KeyboardInterrupt(), "failed", 1, "KeyboardInterrupt"),
+        (SystemExit(15), "failed", 15, "SystemExit"),
     ],
 )
 def test_the_report_of_a_run_that_failed_names_stage_error_and_exit_code(

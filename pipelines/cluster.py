@@ -67,14 +67,17 @@ def cluster(config: ClusterConfig) -> Iterator[None]:
             object_store_memory=config.object_store_mib * 2**20,
             **quiet,
         )
-    if (
-        callable(on_sigterm) and threading.current_thread() is threading.main_thread()
-    ):  # ray.init puts its own in its place, which exits with code 15
-        signal.signal(signal.SIGTERM, on_sigterm)
+    _answer_sigterm_by(on_sigterm)
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def _answer_sigterm_by(handler: object) -> None:
+    """As before: ray.init puts a handler of its own in place, which exits with code 15."""
+    if callable(handler) and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, handler)
 
 
 def spread(

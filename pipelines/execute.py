@@ -45,6 +45,7 @@ def execute(
                 if stage.on_ray or day.where.address is not None:
                     ray.enter_context(cluster(day.where))
                 with shown.stage(stage.name) as line:
+                    line.why, line.fingerprint = decision.why, decision.fingerprint
                     after_each()
                     _do(decision, day, line, hashes)
             if day.where.address is None and not any(later.on_ray for later in stages[number + 1 :]):
@@ -55,7 +56,6 @@ def execute(
 def _do(decision: Decision, day: Day, line: Stage, hashes: Hashes) -> None:
     """From the record that says "begun" to the one that says "done"."""
     stage, folder = decision.stage, day.ws.records
-    line.why, line.fingerprint = decision.why, decision.fingerprint
     record = StageRecord(
         stage=stage.name,
         fingerprint=decision.fingerprint,

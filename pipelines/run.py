@@ -22,7 +22,7 @@ import psutil
 from pipelines.console import Stages
 from pipelines.day import Day
 from pipelines.execute import execute
-from pipelines.exits import EXIT_FAILED, EXIT_REFUSED, StoppedError, exit_code, message
+from pipelines.exits import EXIT_FAILED, EXIT_REFUSED, exit_code, message
 from pipelines.hashes import write_json
 from pipelines.plan import Selection
 from pipelines.stage_records import StageRecord
@@ -60,22 +60,32 @@ class RunReport:
         """However the block ends, the report says so. SIGTERM and Ctrl-C end it as a failure. Where another process
         writes the folder, its report stays."""
         try:
-            with _stopped_by_signals():
+            with _exit_on_sigterm():
                 yield
-        except BaseException as error:
-            code = (exit_code(error) if isinstance(error, Exception) else getattr(error, "code", None)) or EXIT_FAILED
-            self.record |= {"status": "refused" if code == EXIT_REFUSED else "failed", "exit_code": code}
-            self.record["error"] = self._told(error)
-            self.save(own=not isinstance(error, WorkspaceBusyError))
+        except KeyboardInterrupt as error:
+            self._failed(EXIT_FAILED, "stopped by Ctrl-C")
+            raise SystemExit(EXIT_FAILED) from error
+        except SystemExit as error:
+            self._failed(int(error.code or 0) or EXIT_FAILED, "stopped by SIGTERM")
+            raise
+        except WorkspaceBusyError as error:
+            self._failed(EXIT_FAILED, message(error), own=False)
+            raise
+        except Exception as error:
+            self._failed(exit_code(error) or EXIT_FAILED, message(error))
             raise
         self.record |= {"status": "ok", "exit_code": 0}
         self.save()
 
-    def _told(self, error: BaseException) -> dict[str, str | None]:
+    def _failed(self, code: int, told: str, *, own: bool = True) -> None:
         failed = [stage.name for stage in self._shown.done if stage.status == "failed"]
-        told = message(error) if isinstance(error, Exception) else type(error).__name__
         next_step = "mend what the message names, then run the same command: stages that are finished are skipped"
-        return {"stage": failed[-1] if failed else None, "message": told, "next": next_step}
+        self.record |= {
+            "status": "refused" if code == EXIT_REFUSED else "failed",
+            "exit_code": code,
+            "error": {"stage": failed[-1] if failed else None, "message": told, "next": next_step},
+        }
+        self.save(own=own)
 
 
 def run(day: Day, shown: Stages, report: RunReport, selection: Selection = Selection()) -> bool:  # noqa: B008 (frozen)
@@ -132,22 +142,21 @@ def _published(ws: Workspace) -> dict[str, Any]:
 
 
 @contextmanager
-def _stopped_by_signals() -> Iterator[None]:
-    """Schedulers stop a job with SIGTERM, people with Ctrl-C; as an error of ours either lets files be closed and the
-    report be written, and gives exit code 1."""
+def _exit_on_sigterm() -> Iterator[None]:
+    """Schedulers stop a job with SIGTERM: leave by SystemExit, so that files are closed and the report is written. Any
+    other exception of a handler is printed and forgotten while Ray waits for its workers."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
     def stop(number: int, frame: object) -> None:
-        raise StoppedError(f"stopped by {signal.Signals(number).name}")
+        raise SystemExit(EXIT_FAILED)
 
-    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+    before = signal.signal(signal.SIGTERM, stop)
     try:
         yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        signal.signal(signal.SIGTERM, before)
 
 
 def _retrieval_note(retrieval: dict) -> str:

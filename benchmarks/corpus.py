@@ -87,7 +87,8 @@ def trained_world(root: Path, scale: str, shown: Stages) -> Workspace:
     with shown.stage("generate") as stage:
         generate(SCALES[scale], ws.root / "raw", lambda *told: stage.progress(" ".join(map(str, told))))
     day = Day(ws=ws, adapter=CanonicalAdapter(ws.root / "raw"))
-    execute(day, shown, Selection(only=("ingest", "examples", "train-towers")))
+    with ws.locked():
+        execute(day, shown, Selection(only=("ingest", "examples", "train-towers")))
     return ws
 
 

@@ -13,6 +13,7 @@ from typing import Annotated
 
 import typer
 
+from pipelines.cluster import CALM_THREADS
 from pipelines.exits import EXIT_INPUT, EXIT_REFUSED, exit_code, message
 from pipelines.registry_commands import registry_app
 from pipelines.replay_commands import replay_app
@@ -30,10 +31,6 @@ index_app = typer.Typer(help="Build the FAISS index of a run, or plan one of any
 app.add_typer(index_app, name="index")
 app.add_typer(replay_app, name="replay")
 app.add_typer(registry_app, name="registry")
-
-CALM_THREADS = {"OMP_WAIT_POLICY": "PASSIVE", "OPENBLAS_NUM_THREADS": "1"}
-"""Threads that wait must not spin: beside another process on the same cores, spinning cost 5 to 20 times the work.
-Read by the libraries as they load, so set before anything is imported; Ray's workers inherit them."""
 
 Ca = Annotated[Path | None, typer.Option("--ca", help="PEM of whoever signed the server's certificate; turns TLS on.")]
 Cert = Annotated[Path | None, typer.Option("--cert", help="This client's certificate, where the server asks for one.")]

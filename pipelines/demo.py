@@ -29,8 +29,8 @@ def run_demo(scale: str, out: Path) -> None:
     if scale not in SCALES:
         raise ValueError(f"--scale {scale}: give one of {', '.join(SCALES)}")
     ws, shown = Workspace.create(out, recipe(f"world-{scale}")), Stages()
-    report = RunReport(shown, [ws.report])
-    with report.guarded():
+    report = RunReport(shown, ws.report)
+    with report.guarded(), ws.locked():
         raw = ws.root / "raw"
         with shown.stage("generate") as stage:
             summary = generate(SCALES[scale], raw, on_progress=lambda *told: stage.progress(" ".join(map(str, told))))

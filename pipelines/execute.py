@@ -32,10 +32,11 @@ def execute(
     *,
     after_each: Callable[[], None] = lambda: None,
 ) -> None:
-    """Run what is asked for and not done yet. Ray, where a stage wants it, is started once and stopped behind the last
-    such stage; on a cluster everything that can be spread is spread over it."""
+    """Run what is asked for and not done yet, in a folder that the caller has `locked`. Ray, where a stage wants it, is
+    started once and stopped behind the last such stage; on a cluster everything that can be spread is spread over it.
+    """
     stages, hashes = selection.stages(), log_hashes(day)
-    with day.ws.locked(), ExitStack() as ray:
+    with ExitStack() as ray:
         for number, stage in enumerate(stages):
             decision = decide(stage, day, hashes, selection)
             if not decision.run:
@@ -44,6 +45,7 @@ def execute(
                 if stage.on_ray or day.where.address is not None:
                     ray.enter_context(cluster(day.where))
                 with shown.stage(stage.name) as line:
+                    line.why, line.fingerprint = decision.why, decision.fingerprint
                     after_each()
                     _do(decision, day, line, hashes)
             if day.where.address is None and not any(later.on_ray for later in stages[number + 1 :]):
@@ -54,7 +56,6 @@ def execute(
 def _do(decision: Decision, day: Day, line: Stage, hashes: Hashes) -> None:
     """From the record that says "begun" to the one that says "done"."""
     stage, folder = decision.stage, day.ws.records
-    line.why, line.fingerprint = decision.why, decision.fingerprint
     record = StageRecord(
         stage=stage.name,
         fingerprint=decision.fingerprint,

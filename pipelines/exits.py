@@ -5,10 +5,6 @@ from __future__ import annotations
 EXIT_FAILED, EXIT_INPUT, EXIT_REFUSED = 1, 2, 3
 
 
-class StoppedError(RuntimeError):
-    """Somebody asked the process to end before it was done."""
-
-
 def exit_code(error: Exception) -> int | None:
     """Exit code of a failure that is the user's to mend; None for a bug, which keeps its traceback."""
     import grpc
@@ -40,7 +36,7 @@ def exit_code(error: Exception) -> int | None:
         TrainingError,
         InputsChangedError,
         WorkspaceBusyError,
-        StoppedError,
+        TimeoutError,
         SequentialTrainingError,
         TelemetryError,
         grpc.RpcError,

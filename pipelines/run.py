@@ -11,7 +11,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -22,11 +22,11 @@ import psutil
 from pipelines.console import Stages
 from pipelines.day import Day
 from pipelines.execute import execute
-from pipelines.exits import EXIT_FAILED, EXIT_REFUSED, StoppedError, exit_code, message
+from pipelines.exits import EXIT_FAILED, EXIT_REFUSED, exit_code, message
 from pipelines.hashes import write_json
 from pipelines.plan import Selection
 from pipelines.stage_records import StageRecord
-from pipelines.workspace import Workspace
+from pipelines.workspace import Workspace, WorkspaceBusyError
 
 REPORTED = ("torch", "torchrec", "fbgemm-gpu-cpu", "faiss-cpu", "ray", "pyarrow", "numpy", "grpcio")
 
@@ -34,9 +34,9 @@ REPORTED = ("torch", "torchrec", "fbgemm-gpu-cpu", "faiss-cpu", "ray", "pyarrow"
 class RunReport:
     """`run.json`, kept up to date while the run goes: killed at any moment, it says "running" and no exit code."""
 
-    def __init__(self, shown: Stages, files: Sequence[Path]) -> None:
-        """`files`: where it is written; a folder that is not there yet is passed over until it is."""
-        self._shown, self._files = shown, files
+    def __init__(self, shown: Stages, file: Path, copy: Path | None = None) -> None:
+        """`file` is written when its folder is there; `copy` always."""
+        self._shown, self._file, self._copy = shown, file, copy
         self.record: dict[str, Any] = {
             "status": "running",
             "exit_code": None,
@@ -47,34 +47,45 @@ class RunReport:
             "versions": {name: version(name) for name in REPORTED if _installed(name)},
         }
 
-    def save(self) -> None:
-        """Write it as things stand."""
+    def save(self, *, own: bool = True) -> None:
+        """Write it as things stand; without `own`, the copy alone."""
         self.record["stages"] = self._shown.records()
-        for file in self._files:
-            if file.parent.is_dir():
-                write_json(file, self.record)
+        if self._copy is not None:
+            write_json(self._copy, self.record)
+        if own and self._file.parent.is_dir():
+            write_json(self._file, self.record)
 
     @contextmanager
     def guarded(self) -> Iterator[None]:
-        """However the block ends, the report says so. SIGTERM ends it as a failure."""
-        self.save()
+        """However the block ends, the report says so. SIGTERM and Ctrl-C end it as a failure. Where another process
+        writes the folder, its report stays."""
         try:
-            with _stopped_by_sigterm():
+            with _exit_on_sigterm():
                 yield
-        except BaseException as error:
-            code = (exit_code(error) if isinstance(error, Exception) else None) or EXIT_FAILED
-            self.record |= {"status": "refused" if code == EXIT_REFUSED else "failed", "exit_code": code}
-            self.record["error"] = self._told(error)
-            self.save()
+        except KeyboardInterrupt as error:
+            self._failed(EXIT_FAILED, "stopped by Ctrl-C")
+            raise SystemExit(EXIT_FAILED) from error
+        except SystemExit as error:
+            self._failed(int(error.code or 0) or EXIT_FAILED, "stopped by SIGTERM")
+            raise
+        except WorkspaceBusyError as error:
+            self._failed(EXIT_FAILED, message(error), own=False)
+            raise
+        except Exception as error:
+            self._failed(exit_code(error) or EXIT_FAILED, message(error))
             raise
         self.record |= {"status": "ok", "exit_code": 0}
         self.save()
 
-    def _told(self, error: BaseException) -> dict[str, str | None]:
+    def _failed(self, code: int, told: str, *, own: bool = True) -> None:
         failed = [stage.name for stage in self._shown.done if stage.status == "failed"]
-        told = message(error) if isinstance(error, Exception) else type(error).__name__
         next_step = "mend what the message names, then run the same command: stages that are finished are skipped"
-        return {"stage": failed[-1] if failed else None, "message": told, "next": next_step}
+        self.record |= {
+            "status": "refused" if code == EXIT_REFUSED else "failed",
+            "exit_code": code,
+            "error": {"stage": failed[-1] if failed else None, "message": told, "next": next_step},
+        }
+        self.save(own=own)
 
 
 def run(day: Day, shown: Stages, report: RunReport, selection: Selection = Selection()) -> bool:  # noqa: B008 (frozen)
@@ -131,14 +142,15 @@ def _published(ws: Workspace) -> dict[str, Any]:
 
 
 @contextmanager
-def _stopped_by_sigterm() -> Iterator[None]:
-    """Schedulers stop a job with SIGTERM; as an exception it lets files be closed and the report be written."""
+def _exit_on_sigterm() -> Iterator[None]:
+    """Schedulers stop a job with SIGTERM: leave by SystemExit, so that files are closed and the report is written. Any
+    other exception of a handler is printed and forgotten while Ray waits for its workers."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
     def stop(number: int, frame: object) -> None:
-        raise StoppedError("stopped by SIGTERM")
+        raise SystemExit(EXIT_FAILED)
 
     before = signal.signal(signal.SIGTERM, stop)
     try:

@@ -91,14 +91,15 @@ def run(
         print_plan(plan(day, log_hashes(day), selection), output())
         return
     shown = Stages()
-    report = RunReport(shown, [folder / "run.json", *([report_json] if report_json else [])])
+    report = RunReport(shown, folder / "run.json", report_json)
     with report.guarded():
         day, selection = asked()
-        ws = Workspace.create(folder, day.ws.recipe, changes, registry)
-        if run_day(day, shown, report, selection):
-            fetch_feeds(ws, report.record, shown, feed_users)
-        report.save()
-        finish(ws, report.record)
+        with day.ws.locked():
+            ws = Workspace.create(folder, day.ws.recipe, changes, registry)
+            if run_day(day, shown, report, selection):
+                fetch_feeds(ws, report.record, shown, feed_users)
+            report.save()
+            finish(ws, report.record)
 
 
 def ingest(
@@ -187,4 +188,5 @@ def _execute(day: Day, *names: str) -> None:
     from pipelines.execute import execute
     from pipelines.plan import Selection
 
-    execute(day, Stages(), Selection(only=names))
+    with day.ws.locked():
+        execute(day, Stages(), Selection(only=names))

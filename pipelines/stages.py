@@ -61,6 +61,7 @@ from pipelines.slot_effect import slot_effect
 from pipelines.states import StateError, keep_state, open_state
 from pipelines.train import Job, train_all
 from pipelines.warm_start import WarmStart
+from pipelines.worker_lock import hold_while_alive, wait_for_workers
 from pipelines.workspace import Workspace
 from ranking.config import RankerConfig
 from ranking.freeze import freeze
@@ -160,13 +161,14 @@ def train_model(
         require_same_model(state, name, asdict(model))
         dates, earlier, how = increment.dates, state.exported(name), ws.recipe.incremental.trained_on(how)
         start = WarmStart(checkpoint=state.checkpoint(name), renewed=increment.renewed)
-    folder = ws.training / name
+    folder, lock = ws.training / name, ws.training / f".{name}.lock"
+    wait_for_workers(lock, stage.progress)
     mark = folder / "learnt-from"
     if fresh or not mark.exists() or mark.read_text() != key:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         mark.write_text(key)
-    arguments = (ws.dataset_dir, model, dates, split.validation, earlier)
+    arguments = (ws.dataset_dir, model, dates, split.validation, earlier, lock)
     job = Job(make_task=make, args=arguments, config=how, out_dir=folder, start=start)
     (result,) = train_all([job], where=where, on_progress=_tell(stage))
     _collect(folder, ws.root / name)
@@ -235,14 +237,26 @@ def evaluate(ws: Workspace, stage: Stage, oracle: Oracle | None = None) -> dict:
 
 
 def _towers_task(
-    folder: Path, config: TowerConfig, train: tuple[str, ...], validation: tuple[str, ...], earlier: Path | None
+    folder: Path,
+    config: TowerConfig,
+    train: tuple[str, ...],
+    validation: tuple[str, ...],
+    earlier: Path | None,
+    lock: Path,
 ) -> TowersTask:
+    hold_while_alive(lock)
     return TowersTask(Dataset.load(folder), config, train, validation, undated=earlier is None)
 
 
 def _ranker_task(
-    folder: Path, config: RankerConfig, train: tuple[str, ...], validation: tuple[str, ...], earlier: Path | None
+    folder: Path,
+    config: RankerConfig,
+    train: tuple[str, ...],
+    validation: tuple[str, ...],
+    earlier: Path | None,
+    lock: Path,
 ) -> RankerTask:
+    hold_while_alive(lock)
     return RankerTask(Dataset.load(folder), config, train, validation, earlier)
 
 

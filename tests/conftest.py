@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 
-from pipelines.cli import CALM_THREADS
+from pipelines.cluster import CALM_THREADS
 
 os.environ.update(CALM_THREADS)
 logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)

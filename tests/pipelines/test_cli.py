@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
+
+from pipelines.cli import app
+from pipelines.exits import exit_code
+from pipelines.recipes import recipe
+from pipelines.workspace import Workspace, WorkspaceBusyError
 
 COMMANDS = [
     "demo",
@@ -79,8 +86,8 @@ def logs(tmp_path: Path) -> Path:
 
 def test_a_dry_run_prints_every_stage_and_makes_no_folder(logs: Path, tmp_path: Path):
     day = ["run", "--recipe", "world-tiny", "--data", str(logs), "--out", str(tmp_path / "r")]
-    shown = reelrank(*day, "--dry-run")
-    assert shown.returncode == 0, shown.stderr
+    shown = CliRunner().invoke(app, [*day, "--dry-run"])
+    assert shown.exit_code == 0, shown.exception
     rows = [line.split() for line in shown.stdout.splitlines() if " run " in line]
     names = ["ingest", "examples", "train-towers", "train-ranker", "index", "evaluate", "publish"]
     assert [row[0] for row in rows] == names
@@ -90,16 +97,33 @@ def test_a_dry_run_prints_every_stage_and_makes_no_folder(logs: Path, tmp_path: 
 
 def test_a_run_that_cannot_begin_says_what_there_is_and_reports_it(logs: Path, tmp_path: Path):
     day = ["run", "--recipe", "world-tiny", "--data", str(logs), "--out", str(tmp_path / "r")]
-    unknown = reelrank(*day, "--from", "embed", "--report-json", str(tmp_path / "report.json"))
-    assert unknown.returncode == 2
-    assert "choose from ingest, examples, train-towers, train-ranker, index, evaluate, publish" in unknown.stderr
-    report = json.loads((tmp_path / "report.json").read_text())
-    assert (report["status"], report["exit_code"], report["stages"]) == ("failed", 2, [])
-    assert "no such stage" in report["error"]["message"]
-    alone = reelrank(*day, "--only", "index")
-    assert alone.returncode == 2
-    assert "index reads examples, which is not there yet" in alone.stderr
-    assert json.loads((tmp_path / "r" / "run.json").read_text())["exit_code"] == 2
+    report = tmp_path / "report.json"
+    for words, says in (
+        (["--from", "embed"], "choose from ingest, examples, train-towers, train-ranker, index, evaluate, publish"),
+        (["--only", "index"], "index reads examples, which is not there yet"),
+        (["--only", "index", "--from", "index"], "--from and --only exclude each other"),
+    ):
+        error = CliRunner().invoke(app, [*day, *words, "--report-json", str(report)]).exception
+        assert isinstance(error, Exception)
+        assert exit_code(error) == 2
+        assert says in str(error)
+        told = json.loads(report.read_text())
+        assert (told["status"], told["exit_code"], told["stages"]) == ("failed", 2, [])
+        assert says in told["error"]["message"]
+
+
+def test_a_folder_that_is_being_written_is_left_alone(logs: Path, tmp_path: Path):
+    ws = Workspace.create(tmp_path / "r", recipe("world-smoke"))
+    ws.report.write_text("the other one's")
+    before = {path.name: path.read_bytes() for path in ws.root.iterdir()}
+    day = ["run", "--recipe", "world-tiny", "--data", str(logs), "--out", str(ws.root)]
+    report = tmp_path / "report.json"
+    with ws.locked():
+        error = CliRunner().invoke(app, [*day, "--report-json", str(report)]).exception
+        assert isinstance(error, WorkspaceBusyError)
+        assert f"is being written by process {os.getpid()}" in str(error)
+    assert (exit_code(error), json.loads(report.read_text())["exit_code"]) == (1, 1)
+    assert before == {path.name: path.read_bytes() for path in ws.root.iterdir() if path.name != ".lock"}
 
 
 def test_index_plan_reads_human_sizes_and_its_exit_code_says_whether_anything_fits():

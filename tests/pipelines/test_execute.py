@@ -7,23 +7,22 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
+import signal
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from pipelines.cluster import ClusterConfig, cluster, joined_cpus, usable_cpus
 from pipelines.console import Stages
 from pipelines.day import Day, DayStage, Turn
 from pipelines.execute import InputsChangedError, execute
-from pipelines.exits import StoppedError
 from pipelines.hashes import Files, Hashes
 from pipelines.plan import MissingInputError, Selection, plan
 from pipelines.recipes import recipe
 from pipelines.run import RunReport
-from pipelines.workspace import Workspace, WorkspaceBusyError
+from pipelines.workspace import Workspace
 
 
 class Letters:
@@ -221,46 +220,55 @@ def test_a_plan_says_what_a_run_then_does_and_touches_nothing(letters: Letters, 
     assert letters.ran == [name for name, d in decisions.items() if d.run]
 
 
-def test_two_processes_do_not_write_one_folder(letters: Letters):
-    holder = (
-        "import sys, time; from pathlib import Path; from pipelines.workspace import Workspace\n"
-        "with Workspace.open(Path(sys.argv[1])).locked(): print('held', flush=True); sys.stdin.read()"
-    )
-    command = [sys.executable, "-c", holder, str(letters.day.ws.root)]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
-        assert other.stdout is not None
-        assert other.stdout.readline() == "held\n"
-        with pytest.raises(WorkspaceBusyError, match=f"written by process {other.pid}"):
-            letters.run()
-        other.kill()
-    letters.run()
-    assert letters.ran == ["double", "count", "join"]
+def fail(error: Exception) -> None:
+    raise error
 
 
 @pytest.mark.parametrize(
-    ("error", "status", "code", "says"),
+    ("fails", "code", "says"),
     [
-        (ValueError("no such column"), "failed", 2, "ValueError: no such column"),
-        (ZeroDivisionError("a bug"), "failed", 1, "ZeroDivisionError: a bug"),
-        (StoppedError("stopped by SIGTERM"), "failed", 1, "StoppedError: stopped by SIGTERM"),
-        (KeyboardInterrupt(), "failed", 1, "KeyboardInterrupt"),
+        (lambda: fail(ValueError("no such column")), 2, "ValueError: no such column"),
+        (lambda: fail(ZeroDivisionError("a bug")), 1, "ZeroDivisionError: a bug"),
+        (lambda: os.kill(os.getpid(), signal.SIGTERM), 1, "stopped by SIGTERM"),
+        (lambda: os.kill(os.getpid(), signal.SIGINT), 1, "stopped by Ctrl-C"),
     ],
 )
 def test_the_report_of_a_run_that_failed_names_stage_error_and_exit_code(
-    letters: Letters, tmp_path: Path, error: BaseException, status: str, code: int, says: str
+    letters: Letters, tmp_path: Path, fails: Callable[[], None], code: int, says: str
 ):
-    def fails(name: str) -> None:
+    def fails_in_the_last(name: str) -> None:
         running = json.loads((tmp_path / "report.json").read_text())
         assert (running["status"], running["exit_code"]) == ("running", None)
+        assert running["stages"][-1]["why"] == "not made yet"
         if name == "join":
-            raise error
+            fails()
 
-    letters.in_between = fails
+    letters.in_between = fails_in_the_last
     shown = Stages()
-    report = RunReport(shown, [tmp_path / "report.json", tmp_path / "no-folder" / "report.json"])
-    with pytest.raises(type(error)), report.guarded():
+    report = RunReport(shown, tmp_path / "no-folder" / "run.json", tmp_path / "report.json")
+    with pytest.raises((Exception, SystemExit)), report.guarded():
         execute(letters.day, shown, after_each=report.save)
     written = json.loads((tmp_path / "report.json").read_text())
-    assert (written["status"], written["exit_code"]) == (status, code)
+    assert (written["status"], written["exit_code"]) == ("failed", code)
     assert (written["error"]["stage"], written["error"]["message"]) == ("join", says)
     assert [stage["status"] for stage in written["stages"]] == ["ran", "ran", "failed"]
+
+
+@pytest.mark.slow
+def test_at_an_address_every_stage_finds_itself_in_the_cluster_that_runs_there(letters: Letters):
+    from ray.cluster_utils import Cluster  # not before the cluster has set Ray's environment
+
+    seen: dict[str, int] = {}
+    letters.in_between = lambda name: seen.update({name: joined_cpus()})
+    letters.run()
+    assert set(seen.values()) == {usable_cpus()}
+    there = Cluster(initialize_head=True, head_node_args={"num_cpus": 17})
+    try:
+        with cluster(ClusterConfig()):
+            assert joined_cpus() == max(2, usable_cpus()), "without an address Ray is started, whatever runs here"
+        letters.day = replace(letters.day, where=ClusterConfig(address=there.address))
+        letters.run(start="double")
+    finally:
+        there.shutdown()
+    assert seen == {"double": 17, "count": 17, "join": 17}
+    assert joined_cpus() == usable_cpus(), "it is left again"

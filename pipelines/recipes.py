@@ -80,6 +80,8 @@ class Recipe:
 
     name: str
     spec: FeatureSpec
+    max_bad_share: float = 0.05
+    """Rows of a table that may break the schema, as a share; beyond it ingest refuses."""
     split: SplitConfig = field(default_factory=SplitConfig)
     retrieval_signal: str = "long_view"
     """What the towers retrieve and recall is measured on."""

@@ -72,34 +72,41 @@ Oracle = Callable[[np.ndarray, np.ndarray, np.ndarray], dict[str, np.ndarray]]
 
 def ingest(ws: Workspace, adapter: Adapter, stage: Stage) -> None:
     """Raw logs -> canonical tables; bad rows go to quarantine and are counted."""
-    report = ingestion.ingest(adapter, ws.canonical, on_progress=lambda p: stage.progress(str(p)))
+    report = ingestion.ingest(
+        adapter,
+        ws.canonical,
+        max_bad_share=ws.recipe.max_bad_share,
+        on_progress=lambda p: stage.progress(str(p)),
+    )
     stage.rows = sum(count.rows_in for count in report.tables.values())
     quarantined = sum(count.quarantined for count in report.tables.values())
     events = report.tables["events"]
     stage.note = f"{events.kept:,} events kept, {quarantined:,} rows quarantined, {len(report.dates)} days"
+    stage.details = [report.note] if report.note else []
 
 
 def examples(ws: Workspace, stage: Stage) -> None:
     """Canonical tables -> encoded, memory-mapped examples with their histories and counters."""
-    dates = tuple(sorted(set(ingestion.load_events(ws.canonical)["date"].to_pylist())))
-    dataset = encoded(ws.canonical, ws.recipe.spec, ws.recipe.split.resolve(dates).train)
-    dataset.save(ws.dataset_dir)
+    split = ws.recipe.split.resolve(ingestion.event_dates(ws.canonical))
+    dataset = encoded(ws.canonical, ws.recipe.spec, split.train, ws.dataset_dir)
     shutil.rmtree(ws.training, ignore_errors=True)  # checkpoints of other examples must not be resumed
     stage.rows = len(dataset.examples)
     stage.note = f"{len(dataset.users):,} users, {len(dataset.videos):,} videos"
     stage.details = [f"{name}: {share:.2%} of the known ids share their row" for name, share in _collisions(dataset)]
 
 
-def encoded(canonical: Path, spec: FeatureSpec, train_dates: tuple[str, ...]) -> Dataset:
-    """The canonical tables as examples; what is fitted is fitted on the training dates."""
+def encoded(canonical: Path, spec: FeatureSpec, train_dates: tuple[str, ...], folder: Path | None = None) -> Dataset:
+    """The canonical tables as examples, in memory or in a folder; what is fitted is fitted on the training dates."""
     return Dataset.build(
         spec,
         users=_table(canonical, "users"),
         videos=_table(canonical, "videos"),
-        events=ingestion.load_events(canonical),
+        events=ingestion.event_parts(canonical),
         undated=ingestion.load_table(canonical, "undated"),
         follows=ingestion.load_table(canonical, "follows"),
         train_dates=train_dates,
+        folder=folder,
+        workers=usable_cpus(),
     )
 
 

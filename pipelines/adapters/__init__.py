@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 import pyarrow as pa
+
+from pipelines.storage import Location
 
 MALFORMED = pa.schema([pa.field("line", pa.int64()), pa.field("raw", pa.string()), pa.field("reason", pa.string())])
 """Raw rows that could not be read as the table's columns: where they stand, their text, and why."""
@@ -42,10 +43,14 @@ class Adapter(Protocol):
         """The canonical tables this source has."""
         ...
 
-    def files(self, table: str) -> list[Path]:
+    def files(self, table: str) -> list[Location]:
         """The files of one table, in the order their rows are to keep."""
         ...
 
-    def read(self, table: str, file: Path) -> Iterator[Chunk]:
+    def context(self, table: str) -> list[Location]:
+        """Other files that the rows of the table hang on: when one changes, all of the table is read again."""
+        ...
+
+    def read(self, table: str, file: Location) -> Iterator[Chunk]:
         """The rows of one file. The same file always gives the same chunks."""
         ...

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import polars as pl
 
@@ -15,17 +14,18 @@ from features.schema import TABLES
 from features.validate import SchemaError
 from pipelines.adapters import Chunk
 from pipelines.adapters.reading import parquet_columns, read_parquet
+from pipelines.storage import Location, location
 
 
 @dataclass(frozen=True, slots=True)
 class CanonicalAdapter:
     """A canonical folder; whichever tables are there are read."""
 
-    root: Path
+    root: Location
     name: str = "canonical"
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "root", Path(self.root).absolute())
+        object.__setattr__(self, "root", location(self.root))
         if not self.files("events"):
             raise SchemaError(
                 f"{self.root}: no events/date=YYYY-MM-DD/*.parquet there; point at a folder in the canonical layout, "
@@ -35,13 +35,16 @@ class CanonicalAdapter:
     def tables(self) -> list[str]:
         return [table for table in TABLES if self.files(table)]
 
-    def files(self, table: str) -> list[Path]:
+    def files(self, table: str) -> list[Location]:
         if table == "events":
-            return sorted((self.root / "events").glob("date=*/*.parquet"))
+            return sorted((self.root / "events").glob("date=*/*.parquet"), key=str)
         file = self.root / f"{table}.parquet"
         return [file] if file.exists() else []
 
-    def read(self, table: str, file: Path) -> Iterator[Chunk]:
+    def context(self, table: str) -> list[Location]:
+        return []
+
+    def read(self, table: str, file: Location) -> Iterator[Chunk]:
         found = parquet_columns(file)
         columns = [name for name in found if table == "users" or name in TABLES[table].names]
         for raw in read_parquet(file, columns):

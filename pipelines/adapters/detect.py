@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from features.validate import SchemaError
 from pipelines.adapters import Adapter
 from pipelines.adapters.canonical import CanonicalAdapter
 from pipelines.adapters.kuairand import KuaiRandAdapter
 from pipelines.adapters.mapping import MappingAdapter
+from pipelines.storage import Location, location
 
 
-def open_adapter(path: Path) -> Adapter:
-    """The adapter for a path; raises SchemaError saying what it looked for when none fits."""
+def open_adapter(source: str | Location) -> Adapter:
+    """The adapter for a path or URL; raises SchemaError saying what it looked for when none fits."""
+    path = location(source)
     if path.is_file() and path.suffix == ".toml":
         return MappingAdapter(path)
     if any((path / "events").glob("date=*")):

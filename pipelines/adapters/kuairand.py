@@ -14,13 +14,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import polars as pl
 
 from features.validate import SchemaError
 from pipelines.adapters import Chunk
 from pipelines.adapters.reading import RawChunk, check_columns, csv_header, read_csv, read_parquet
+from pipelines.storage import Location, location
 
 SIGNAL_COLUMNS = {
     "click": "is_click",
@@ -56,11 +56,11 @@ CHINA_OFFSET_MS = 8 * 3600 * 1000
 class KuaiRandAdapter:
     """A KuaiRand folder. Headers are checked at once, so a wrong file is named before any work starts."""
 
-    root: Path
+    root: Location
     name: str = "kuairand"
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "root", Path(self.root).absolute())
+        object.__setattr__(self, "root", location(self.root))
         for table, columns in (
             ("events", LOG_COLUMNS),
             ("videos", VIDEO_COLUMNS),
@@ -72,14 +72,14 @@ class KuaiRandAdapter:
     def tables(self) -> list[str]:
         return ["users", "videos", "events", *(["undated"] if self.files("undated") else [])]
 
-    def files(self, table: str) -> list[Path]:
+    def files(self, table: str) -> list[Location]:
         if table == "undated":
             # These impressions end where the partial log begins; with the complete log they would count twice.
             complete = list(self._folder().glob("log_standard_4_08_to_4_21_*.csv"))
             found = self.root / "reconstructed" / "train_impressions_last50.parquet"
             return [found] if found.exists() and not complete else []
         pattern = {"events": "log_*.csv", "videos": "video_features_basic_*.csv", "users": "user_features_*.csv"}[table]
-        found = sorted(self._folder().glob(pattern))
+        found = sorted(self._folder().glob(pattern), key=str)
         if not found:
             raise SchemaError(
                 f"{self._folder()}: no {pattern} there for {table}; point at the folder that holds KuaiRand's data/ "
@@ -87,7 +87,13 @@ class KuaiRandAdapter:
             )
         return found
 
-    def read(self, table: str, file: Path) -> Iterator[Chunk]:
+    def context(self, table: str) -> list[Location]:
+        """Authors of impressions come from the videos, clicks of the undated ones from a list of their own."""
+        if table == "undated":
+            return [clicks for file in self.files(table) if (clicks := file.with_name(CLICKED)).exists()]
+        return self.files("videos") if table == "events" else []
+
+    def read(self, table: str, file: Location) -> Iterator[Chunk]:
         if table == "events":
             authors = self._authors()
             yield from (_events(raw, file.stem, authors) for raw in read_csv(file, LOG_COLUMNS))
@@ -99,9 +105,9 @@ class KuaiRandAdapter:
             clicked = self._clicked(file)
             yield from (_undated(raw, clicked) for raw in read_parquet(file, UNDATED_COLUMNS))
 
-    def _clicked(self, undated: Path) -> pl.DataFrame | None:
+    def _clicked(self, undated: Location) -> pl.DataFrame | None:
         """user_id, video_id, until: clicked pairs, and the position up to which the list knows the user's clicks."""
-        file = undated.parent / CLICKED
+        file = undated.with_name(CLICKED)
         if not file.exists():
             return None
         pairs = pl.concat([raw.frame for raw in read_parquet(file, ("user_id", "video_id"))]).cast(pl.Int64).unique()
@@ -109,7 +115,7 @@ class KuaiRandAdapter:
         hits = pl.concat(shown).cast(pl.Int64).join(pairs, on=["user_id", "video_id"], how="semi")
         return pairs.join(hits.group_by("user_id").agg(until=pl.col("seq_pos").max()), on="user_id")
 
-    def _folder(self) -> Path:
+    def _folder(self) -> Location:
         return self.root / "data" if (self.root / "data").is_dir() else self.root
 
     def _authors(self) -> pl.DataFrame:

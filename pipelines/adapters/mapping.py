@@ -6,9 +6,8 @@ N rows of one chunk. docs/bring-your-own-logs.md has the whole language on one p
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields
-from pathlib import Path
 from typing import Any
 
 import polars as pl
@@ -19,6 +18,7 @@ from features.schema import SIGNALS, TABLES
 from features.validate import SchemaError
 from pipelines.adapters import Chunk
 from pipelines.adapters.reading import RawChunk, check_columns, csv_header, parquet_columns, read_csv, read_parquet
+from pipelines.storage import Location, location
 
 ID_HASH_SEED = 0
 """Text ids become XXH64 of their UTF-8 bytes under this seed, read as a signed 64-bit integer."""
@@ -55,7 +55,7 @@ class Source:
 class TableMap:
     """One table of a mapping file."""
 
-    files: tuple[Path, ...]
+    files: tuple[Location, ...]
     columns: dict[str, Source]
     utc_offset_h: float = 0.0
     """Hours by which the days of the partitions are ahead of UTC."""
@@ -68,9 +68,9 @@ class TableMap:
 class MappingAdapter:
     """A source described by a mapping file. The file and every header are checked before any work starts."""
 
-    def __init__(self, mapping_file: str | Path) -> None:
+    def __init__(self, mapping_file: str | Location) -> None:
         self.name = "mapping"
-        self.mapping_file = Path(mapping_file).absolute()
+        self.mapping_file = location(mapping_file)
         try:
             spec = tomllib.loads(self.mapping_file.read_text())
         except (tomllib.TOMLDecodeError, OSError) as error:
@@ -84,10 +84,13 @@ class MappingAdapter:
     def tables(self) -> list[str]:
         return list(self._maps)
 
-    def files(self, table: str) -> list[Path]:
+    def files(self, table: str) -> list[Location]:
         return list(self._maps[table].files)
 
-    def read(self, table: str, file: Path) -> Iterator[Chunk]:
+    def context(self, table: str) -> list[Location]:
+        return [self.mapping_file]
+
+    def read(self, table: str, file: Location) -> Iterator[Chunk]:
         table_map = self._maps[table]
         chunks = (read_csv if file.suffix == ".csv" else read_parquet)(file, table_map.needed())
         for raw in chunks:
@@ -104,7 +107,7 @@ class MappingAdapter:
             raise SchemaError(f"{where} is not a table; choose from {', '.join(TABLES)}")
         if unknown := set(spec) - {"files", "columns", "utc_offset_h"}:
             raise SchemaError(f"{where} has unknown {sorted(unknown)}; known are files, columns, utc_offset_h")
-        files = tuple(sorted(self.mapping_file.parent.glob(spec.get("files", ""))) if spec.get("files") else ())
+        files = tuple(sorted(_matching(self.mapping_file.parent, spec.get("files", "")), key=str))
         if not files or any(file.suffix not in (".csv", ".parquet") for file in files):
             raise SchemaError(
                 f"{where} files = {spec.get('files')!r} matches {len(files)} files, wanted .csv or .parquet"
@@ -118,6 +121,15 @@ class MappingAdapter:
             if not field.nullable and field.name not in (*columns, *optional):
                 raise SchemaError(f"{where} must map {field.name}: name its column, or give it a value")
         return TableMap(files=files, columns=columns, utc_offset_h=float(spec.get("utc_offset_h", 0)))
+
+
+def _matching(folder: Location, pattern: str) -> Iterable[Location]:
+    """Files that match, relative to the folder; or below a URL, whose pattern begins at its first `*`."""
+    if "://" in pattern:
+        fixed, star, rest = pattern.partition("*")
+        url, _, name = fixed.rpartition("/")
+        folder, pattern = location(url), name + star + rest
+    return folder.glob(pattern) if pattern else ()
 
 
 def _source(where: str, entry: Any) -> Source:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import polars as pl
@@ -18,6 +19,7 @@ import pyarrow.parquet as pq
 
 from features.validate import SchemaError
 from pipelines.adapters import MALFORMED, Chunk
+from pipelines.storage import Location
 
 CSV_BLOCK_BYTES = 8 << 20
 PARQUET_BATCH_ROWS = 131_072
@@ -84,7 +86,7 @@ class RawChunk:
         return Chunk(rows=rows, lines=self.lines[~bad_N], malformed=table)
 
 
-def read_csv(file: Path, columns: Sequence[str]) -> Iterator[RawChunk]:
+def read_csv(file: Location, columns: Sequence[str]) -> Iterator[RawChunk]:
     """The named columns of a CSV file as text, empty as null; records with the wrong number of fields are set aside."""
     check_columns(file, csv_header(file), columns)
     unreadable: list[tuple[int, str, str]] = []
@@ -115,7 +117,7 @@ def read_csv(file: Path, columns: Sequence[str]) -> Iterator[RawChunk]:
         yield RawChunk(frame=empty, lines=np.zeros(0, dtype=np.int64), unreadable=unreadable)
 
 
-def csv_header(file: Path) -> list[str]:
+def csv_header(file: Location) -> list[str]:
     """Column names of a CSV file."""
     with file.open("rb") as handle:
         first = handle.readline().decode("utf-8-sig", "replace").strip()
@@ -124,7 +126,7 @@ def csv_header(file: Path) -> list[str]:
     return [name.strip().strip('"') for name in first.split(",")]
 
 
-def check_columns(file: Path, found: Sequence[str], wanted: Sequence[str]) -> None:
+def check_columns(file: Location, found: Sequence[str], wanted: Sequence[str]) -> None:
     """Refuse a file that lacks a column, by name."""
     if missing := [name for name in wanted if name not in found]:
         raise SchemaError(
@@ -133,10 +135,10 @@ def check_columns(file: Path, found: Sequence[str], wanted: Sequence[str]) -> No
         )
 
 
-def read_parquet(file: Path, columns: Sequence[str] | None = None) -> Iterator[RawChunk]:
+def read_parquet(file: Location, columns: Sequence[str] | None = None) -> Iterator[RawChunk]:
     """Columns of a Parquet file in batches, page checksums verified where the file has them."""
     try:
-        source = pq.ParquetFile(file, page_checksum_verification=True)
+        source = pq.ParquetFile(opened(file), page_checksum_verification=True)
         if columns is not None:
             check_columns(file, source.schema_arrow.names, columns)
         line = 1
@@ -148,18 +150,23 @@ def read_parquet(file: Path, columns: Sequence[str] | None = None) -> Iterator[R
         raise SchemaError(f"{file}: not readable as Parquet ({error}); write or fetch it again") from error
 
 
-def parquet_columns(file: Path) -> list[str]:
+def parquet_columns(file: Location) -> list[str]:
     """Column names of a Parquet file."""
     try:
-        return pq.read_schema(file).names
+        return pq.read_schema(opened(file)).names
     except (pa.ArrowException, OSError) as error:
         raise SchemaError(f"{file}: not readable as Parquet ({error}); write or fetch it again") from error
 
 
-def _open_csv(file: Path, columns: Sequence[str], set_aside) -> pyarrow.csv.CSVStreamingReader:
+def opened(file: Location) -> Path | IO[bytes]:
+    """What pyarrow reads: it opens the files of this machine itself."""
+    return file if isinstance(file, Path) else file.open("rb")
+
+
+def _open_csv(file: Location, columns: Sequence[str], set_aside) -> pyarrow.csv.CSVStreamingReader:
     # One thread: only then does the parser know the number of a line it refuses.
     return pyarrow.csv.open_csv(
-        file,
+        opened(file),
         read_options=pyarrow.csv.ReadOptions(use_threads=False, block_size=CSV_BLOCK_BYTES),
         parse_options=pyarrow.csv.ParseOptions(invalid_row_handler=set_aside, ignore_empty_lines=False),
         convert_options=pyarrow.csv.ConvertOptions(

@@ -159,7 +159,8 @@ def encode_events(
         examples.watch_ms[at], examples.duration_ms[at] = floats(table, "watch_ms"), floats(table, "duration_ms")
         signals = signals_of(table)
         examples.signals[at], seen.bits[at] = signals, signal_bits(signals)
-        seen.watch_fraction[at] = watch_fraction(examples.watch_ms[at], examples.duration_ms[at])
+        # From the log's own numbers, as serving has them: float32 holds no more than 4.6 hours of milliseconds exactly.
+        seen.watch_fraction[at] = watch_fraction(table["watch_ms"].to_numpy(), table["duration_ms"].to_numpy())
         in_training = np.isin(examples.day[at], [dates.index(date) for date in train_dates if date in dates])
         for mask, row in ((seen.users, examples.user_row), (seen.videos, examples.video_row)):
             mask[row[at] if in_training.all() else row[at][in_training]] = True

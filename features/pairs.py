@@ -27,6 +27,11 @@ PROFILE_STRENGTH = 20.0
 """Pseudo-events without a lesson behind a profile."""
 PROFILE_SCALE = 8.0
 """Brings products with a profile to the size of the other columns."""
+GRID, DENSE_REACH, EXACT_EVENTS = 4096.0, 16.0, 256
+"""Profiles are counted in whole numbers of 1/GRID, of dense features up to DENSE_REACH: sums over EXACT_EVENTS of
+them stay below 2^24, which float32 holds exactly, and their products with a candidate's below 2^53."""
+IN_CACHE = 16
+"""Contexts whose past is rounded and summed before it leaves the cache."""
 PAIR_WIDTH = len(PAIRED) * WIDTH_PER_FEATURE + BLOCKS * len(COUNTED)
 """Columns: for each paired feature, what each counted signal's rate adds to the viewer's own, and the support; then
 for each block and counted signal the product with the viewer's profile."""
@@ -41,20 +46,35 @@ def profile_features(
 ) -> np.ndarray:
     """(N, BLOCKS * len(COUNTED)) float32: candidate times profile, block by block. A viewer's profile is the mean of
     (signal - the viewer's rate) * dense features over the past: the first step of a logistic regression of the
-    viewer's own, in the features of videos."""
+    viewer's own, in the features of videos.
+
+    All sums are exact, so that one viewer with a thousand candidates and a batch of impressions get the same bits,
+    whatever the order in which a matrix product adds. At most EXACT_EVENTS events."""
     counted_BPS, mask_BP, rate_BS = _counted(signals_BPS, length_B)
-    lesson_BPS = (counted_BPS - rate_BS[:, None, :]) * mask_BP[..., None]
-    if len(length_B) == 1:  # all candidates meet one profile: a thousand of them cost what ten do
-        profile_SD = lesson_BPS[0].T @ past_dense_BPD[0]
-        first_NS = candidate_dense_ND[:, :1] * profile_SD[:, 0]
-        out_NKS = np.stack([first_NS, candidate_dense_ND[:, 1:] @ profile_SD[:, 1:].T], axis=1)
-    else:  # each impression of a batch has its own: alike first, then the lesson, costs less than so many profiles
-        past_dense_NPD = _of_owner(past_dense_BPD, owner_N)
-        alike_NP = np.matmul(past_dense_NPD, candidate_dense_ND[..., None])[..., 0]
-        first_NP = past_dense_NPD[..., 0] * candidate_dense_ND[:, :1]
-        out_NKS = np.matmul(np.stack([first_NP, alike_NP - first_NP], axis=1), _of_owner(lesson_BPS, owner_N))
-    scale_N = PROFILE_SCALE / (length_B[owner_N] + PROFILE_STRENGTH)
-    return (out_NKS * scale_N[:, None, None]).reshape(len(owner_N), BLOCKS * len(COUNTED)).astype(np.float32)
+    told_BPC = np.concatenate([counted_BPS, mask_BP[..., None]], axis=2, dtype=np.float32)
+    sums_BCD = np.empty((*told_BPC.shape[::2], past_dense_BPD.shape[2]))
+    for begin in range(0, len(length_B), IN_CACHE):
+        at = slice(begin, begin + IN_CACHE)
+        sums_BCD[at] = np.matmul(told_BPC[at].transpose(0, 2, 1), _on_grid(past_dense_BPD[at]))
+    candidate_ND = _on_grid(candidate_dense_ND).astype(np.float64)
+    if len(length_B) == 1:
+        first_NC = candidate_ND[:, :1] * sums_BCD[0, :, 0]
+        others_NC = candidate_ND[:, 1:] @ sums_BCD[0, :, 1:].T
+    else:
+        sums_NCD = _of_owner(sums_BCD, owner_N)
+        first_NC = candidate_ND[:, :1] * sums_NCD[..., 0]
+        others_NC = np.matmul(sums_NCD[..., 1:], candidate_ND[:, 1:, None])[..., 0]
+    out_NKC = np.stack([first_NC, others_NC], axis=1)
+    lesson_NKS = out_NKC[..., :-1] - rate_BS[owner_N][:, None, :] * out_NKC[..., -1:]
+    scale_N = PROFILE_SCALE / GRID**2 / (length_B[owner_N] + PROFILE_STRENGTH)
+    return (lesson_NKS * scale_N[:, None, None]).reshape(len(owner_N), BLOCKS * len(COUNTED)).astype(np.float32)
+
+
+def _on_grid(dense: np.ndarray) -> np.ndarray:
+    """Dense features as whole numbers of 1/GRID, float32."""
+    whole = np.clip(dense, -DENSE_REACH, DENSE_REACH, dtype=np.float32)
+    whole *= GRID
+    return np.rint(whole, out=whole)
 
 
 def pair_features(

@@ -3,7 +3,7 @@
     python -m benchmarks.examples --rows 1e6 --rows 3e6 --rows 10e6 --json docs/benchmarks/examples.json
 
 A log in the simulated world's shape (benchmarks/examples_log.py) is written once to --folder. A run is the pipeline's
-own stage in a process of its own: canonical Parquet, page checksums verified, to a memory-mapped dataset on disk. Beside
+own stage in a process of its own: canonical Parquet, checksums verified, to a memory-mapped dataset on disk. Beside
 it, each in its own process: polars scanning the columns that examples read (a sum of each, so that every value is
 decoded), and a plain write of as many bytes as the dataset has. Of --repeats runs the median. Anonymous memory is what
 cannot be given back to the system; the rest of the peak is pages of files.

@@ -14,7 +14,7 @@ import pyarrow as pa
 from features.arrays import Allocate, in_memory
 from features.counters import BEFORE, DailyCounters, count_days
 from features.entities import Entities
-from features.examples import Examples, Seen, rows_of, signals_of
+from features.examples import Examples, RowIndex, Seen, integers, signals_of
 from features.follows import Follows
 from features.history import UNDATED_TS_MS, HistoryLog, signal_bits
 
@@ -30,8 +30,8 @@ def undated_examples(undated: pa.Table | None, user_ids: np.ndarray, video_ids: 
     size = len(rows)
     nothing, zeros = np.full(size, np.nan, np.float32), np.zeros(size, np.int64)
     return Examples(
-        user_row=rows_of(rows["user_id"], pa.array(user_ids)),
-        video_row=rows_of(rows["video_id"], pa.array(video_ids)),
+        user_row=RowIndex(user_ids).rows(integers(rows, "user_id")),
+        video_row=RowIndex(video_ids).rows(integers(rows, "video_id")),
         ts_ms=zeros + UNDATED_TS_MS,
         day=zeros + BEFORE,
         history_end=zeros.copy(),

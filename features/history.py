@@ -93,8 +93,7 @@ def gap_bucket(later_ms: np.ndarray, earlier_ms: np.ndarray, mask: np.ndarray) -
 
 def signal_bits(signals_NS: np.ndarray) -> np.ndarray:
     """Signals (N, S) in SIGNALS' order, 0, 1 or NaN for not logged -> bit masks (N,) uint8."""
-    given = np.nan_to_num(signals_NS) > 0
-    return (given.astype(np.uint8) << np.arange(len(SIGNALS), dtype=np.uint8)).sum(axis=1).astype(np.uint8)
+    return np.packbits(signals_NS > 0, axis=1, bitorder="little")[:, 0]
 
 
 def unpack_signals(bits: np.ndarray) -> np.ndarray:

@@ -13,7 +13,7 @@ import pytest
 from features import history
 from features.arrays import shards
 from features.dataset import Dataset
-from features.examples import EventPart
+from features.examples import EventPart, RowIndex
 from features.history import HistoryLog
 from features.schema import SIGNALS
 
@@ -102,3 +102,12 @@ def test_a_watch_of_ten_hours_keeps_its_fraction() -> None:
         events = events.set_column(events.column_names.index(name), name, values)
     dataset = Dataset.build(SPEC, users=t["users"], videos=t["videos"], events=events, undated=None, train_dates=())
     assert set(dataset.history.watch_fraction.tolist()) == {float(np.float32(36_000_001 / 35_999_999))}
+
+
+def test_a_row_index_finds_what_a_search_finds() -> None:
+    rng = np.random.default_rng(12)
+    for size in (0, 1, 2, 3, 500, 3000):
+        ids = np.unique(np.concatenate([rng.integers(-(2**63), 2**63, size), rng.integers(-5, 2 * size + 1, size)]))
+        asked = np.concatenate([ids, ids + 1, rng.integers(-(2**63), 2**63, 300), [0, -(2**63), 2**63 - 1]])
+        expected = [int(np.searchsorted(ids, i)) + 1 if i in set(ids.tolist()) else 0 for i in asked.tolist()]
+        assert RowIndex(ids).rows(asked).tolist() == expected

@@ -149,5 +149,6 @@ def s3(monkeypatch):
     server.stop()
 
 
+@pytest.mark.slow
 def test_logs_and_dataset_in_s3_through_rays_workers(tmp_path: Path, s3: str) -> None:
     assert_goes_on_as_here(tmp_path, f"{s3}/{tmp_path.name}")

@@ -226,6 +226,22 @@ def test_a_bad_late_file_is_refused_however_long_the_log_and_its_rows_can_be_loo
     assert not refused.parent.exists()
 
 
+@pytest.mark.usefixtures("one_process")
+def test_where_folders_cannot_be_exchanged_a_crash_between_two_renames_is_mended(tmp_path: Path, monkeypatch) -> None:
+    rng, folder = np.random.default_rng(7), source(tmp_path)
+    pq.write_table(log_rows(rng, 60, [0]), folder / "log" / "a.parquet")
+    monkeypatch.setattr("pipelines.storage._exchanged", lambda first, second: False)
+    again(folder)
+    pq.write_table(log_rows(rng, 60, [1]), folder / "log" / "b.parquet")
+    found = again(folder)
+    assert_as_from_nothing(folder, found, 0)
+    left = folder / ".out.ingest-dead"
+    left.mkdir()
+    (folder / "out").rename(left / "data.old")
+    assert again(folder).files_read == 0
+    assert load_events(folder / "out").num_rows == found.tables["events"].kept
+
+
 KILLED = """
 import os, signal, sys
 from pathlib import Path

@@ -14,9 +14,10 @@ import pyarrow as pa
 from features.arrays import Allocate, in_memory
 from features.counters import BEFORE, DailyCounters, count_days
 from features.entities import Entities
-from features.examples import Examples, RowIndex, Seen, integers, signals_of
+from features.examples import Examples, Seen, integers, signals_of
 from features.follows import Follows
 from features.history import UNDATED_TS_MS, HistoryLog, signal_bits
+from features.lookup import RowIndex
 
 BLOCK = 1 << 18
 """Impressions that are asked about follows at a time."""

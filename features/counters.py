@@ -170,9 +170,11 @@ def _by_day_ascending(day_N: np.ndarray) -> Callable[[int], slice | np.ndarray]:
 
 
 def _mean_over(features_EF: np.ndarray, keys_NW: np.ndarray) -> np.ndarray:
-    present = (keys_NW >= 0).astype(np.float32)
-    total = (features_EF[np.maximum(keys_NW, 0)] * present[:, :, None]).sum(axis=1)
-    return total / np.maximum(present.sum(axis=1, keepdims=True), 1.0)
+    padded_EF = np.concatenate([features_EF, np.zeros_like(features_EF[:1])])  # where a key of -1 points
+    total_NF = padded_EF[keys_NW[:, 0]]
+    for slot in range(1, keys_NW.shape[1]):
+        total_NF += padded_EF[keys_NW[:, slot]]
+    return total_NF / np.maximum((keys_NW >= 0).sum(axis=1, keepdims=True, dtype=np.float32), 1.0)
 
 
 def _by_day(views: Sequence[np.ndarray], day_N: np.ndarray, row_N: np.ndarray) -> np.ndarray:

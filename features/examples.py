@@ -19,6 +19,7 @@ from features.arrays import Allocate
 from features.entities import mapped
 from features.follows import reported
 from features.history import signal_bits, watch_fraction
+from features.lookup import RowIndex
 from features.schema import SIGNALS
 from features.spec import FeatureSpec
 from features.transforms import Encoder

@@ -16,6 +16,10 @@ import pyarrow as pa
 
 from features.entities import Entities
 from features.history import UNDATED_TS_MS
+from features.lookup import RowIndex
+
+FOREVER_MS = np.iinfo(np.int64).max
+"""Since when somebody follows whom they do not follow."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,13 +64,13 @@ class Follows:
             return lambda user_row_N, author_N, ts_ms_N: np.zeros(len(user_row_N), bool)
         authors, place_F = np.unique(self.author, return_inverse=True)
         key_F = np.repeat(np.arange(len(self.start) - 1), np.diff(self.start)) * (len(authors) + 1) + place_F
+        pairs, since_ms = RowIndex(key_F), np.append(FOREVER_MS, self.since_ms)
         place_V = np.minimum(np.searchsorted(authors, author_id_V), len(authors) - 1)
         place_V = np.where(authors[place_V] == author_id_V, place_V, len(authors))  # a place that no key has
 
         def ask(user_row_N: np.ndarray, author_N: np.ndarray, ts_ms_N: np.ndarray) -> np.ndarray:
             asked_N = np.asarray(user_row_N) * (len(authors) + 1) + place_V[author_N]
-            at_N = np.minimum(np.searchsorted(key_F, asked_N), len(key_F) - 1)
-            return (key_F[at_N] == asked_N) & (self.since_ms[at_N] < np.asarray(ts_ms_N))
+            return since_ms[pairs.rows(asked_N)] < np.asarray(ts_ms_N)
 
         return ask
 

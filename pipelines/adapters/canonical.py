@@ -5,6 +5,7 @@ The simulated world writes one. Columns that a canonical table does not have are
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -14,7 +15,8 @@ from features.schema import TABLES
 from features.validate import SchemaError
 from pipelines.adapters import Chunk
 from pipelines.adapters.reading import parquet_columns, read_parquet
-from pipelines.storage import Location, location
+from pipelines.ingest.tables import EVENTS_FILE, REPORT_FILE, stored, written
+from pipelines.storage import Location, RemotePath, location
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +38,11 @@ class CanonicalAdapter:
         return [table for table in TABLES if self.files(table)]
 
     def files(self, table: str) -> list[Location]:
+        if isinstance(self.root, RemotePath) and (self.root / REPORT_FILE).exists():
+            # Names carry hashes there, and what was replaced may still lie beside: only what is listed counts.
+            names = sorted(written(self.root).items())
+            wanted = EVENTS_FILE if table == "events" else re.compile(rf"{table}\.parquet")
+            return [stored(self.root, name, sha256) for name, sha256 in names if wanted.fullmatch(name)]
         if table == "events":
             return sorted((self.root / "events").glob("date=*/*.parquet"), key=str)
         file = self.root / f"{table}.parquet"

@@ -26,6 +26,9 @@ def check_replaceable(out: Location) -> None:
     """Only an empty folder or an earlier ingest may be replaced: a mistyped path must not cost somebody their files."""
     if isinstance(out, Path):
         out.parent.mkdir(parents=True, exist_ok=True)
+        for old in out.parent.glob(f".{out.name}.ingest-*/data.old"):  # killed between the two renames of `exchange`
+            if not out.exists():
+                old.rename(out)
     if (out / REPORT_FILE).exists():
         return
     left = [f for f in out.glob("*") if not f.name.startswith(".ingest-")] if out.is_dir() else []

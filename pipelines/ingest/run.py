@@ -105,7 +105,7 @@ def _reading_jobs(plan: Plan) -> list[dict[str, Any]]:
         else:
             groups = [(0, found.files)] if found.fresh else []
         for first, files in groups:
-            size = sum(stamp(location(file))["size"] for file in files)
+            size = sum(stamp(location(file))["size"] or 0 for file in files)
             jobs.append({"table": table, "files": files, "first": first, "bytes": size})
     return jobs
 

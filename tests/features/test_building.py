@@ -13,8 +13,9 @@ import pytest
 from features import history
 from features.arrays import shards
 from features.dataset import Dataset
-from features.examples import EventPart, RowIndex
+from features.examples import EventPart
 from features.history import HistoryLog
+from features.lookup import RowIndex
 from features.schema import SIGNALS
 
 sys.path.insert(0, str(Path(__file__).parent))

@@ -226,11 +226,29 @@ def test_a_bad_late_file_is_refused_however_long_the_log_and_its_rows_can_be_loo
     assert not refused.parent.exists()
 
 
+@pytest.mark.usefixtures("one_process")
+def test_where_folders_cannot_be_exchanged_a_crash_between_two_renames_is_mended(tmp_path: Path, monkeypatch) -> None:
+    rng, folder = np.random.default_rng(7), source(tmp_path)
+    pq.write_table(log_rows(rng, 60, [0]), folder / "log" / "a.parquet")
+    monkeypatch.setattr("pipelines.storage._exchanged", lambda first, second: False)
+    again(folder)
+    pq.write_table(log_rows(rng, 60, [1]), folder / "log" / "b.parquet")
+    found = again(folder)
+    assert_as_from_nothing(folder, found, 0)
+    left = folder / ".out.ingest-dead"
+    left.mkdir()
+    (folder / "out").rename(left / "data.old")
+    assert again(folder).files_read == 0
+    assert load_events(folder / "out").num_rows == found.tables["events"].kept
+
+
 KILLED = """
 import os, signal, sys
+from contextlib import nullcontext
 from pathlib import Path
 from pipelines.adapters.mapping import MappingAdapter
-from pipelines.ingest import ingest
+from pipelines.ingest import ingest, run, spread
+run.run_on_ray, run.cluster = spread.run_here, lambda where: nullcontext()
 seen = 0
 def tell(progress):
     global seen
@@ -253,7 +271,7 @@ def test_killed_at_any_step_the_old_folder_stands_and_the_next_ingest_ends_as_on
     before = files_of(folder / "out")
     for name in "bd":
         pq.write_table(log_rows(rng, 60, [1, 2]), folder / "log" / f"{name}.parquet")
-    for step in (1, 3, 5):  # two files, then three days: at the last all is done, and nothing replaced yet
+    for step in range(1, 6):  # two files, then three days: at the last all is done, and nothing replaced yet
         run = subprocess.run([sys.executable, "-c", KILLED, str(folder), str(step)], capture_output=True, check=False)
         assert run.returncode == -signal.SIGKILL, run.stderr.decode()
         assert files_of(folder / "out") == before

@@ -19,6 +19,7 @@ from pipelines.adapters.mapping import MappingAdapter
 from pipelines.cluster import ClusterConfig, cluster
 from pipelines.ingest import IngestError, event_dates, event_parts, ingest, load_events, load_table
 from pipelines.ingest.spread import run_here
+from pipelines.ingest.tables import stored
 from pipelines.storage import RemotePath, StorageError, location
 
 DAY_MS, START_MS = 86_400_000, 1_769_817_600_000
@@ -84,7 +85,12 @@ def assert_goes_on_as_here(tmp_path: Path, url: str) -> None:
     copied = ingest(CanonicalAdapter(tmp_path / "out"), f"{url}/copy")
     assert load_events(f"{url}/copy").equals(load_events(out))
     assert copied.tables["events"].kept == again.tables["events"].kept
-    victim = next(file for file in out.glob("events/*/*.parquet"))
+    back = ingest(
+        CanonicalAdapter(out), tmp_path / "back"
+    )  # what the last ingest replaced is still there, and left out
+    assert back.dates == again.dates
+    assert load_events(tmp_path / "back").equals(load_events(out))
+    victim = stored(out, *next((name, sha) for name, sha in hashes(out).items() if name.startswith("events/")))
     fs, path = fsspec.core.url_to_fs(str(victim))
     fs.pipe_file(path, b"PAR1")
     with pytest.raises(IngestError, match="is damaged"):
@@ -149,5 +155,6 @@ def s3(monkeypatch):
     server.stop()
 
 
+@pytest.mark.slow
 def test_logs_and_dataset_in_s3_through_rays_workers(tmp_path: Path, s3: str) -> None:
     assert_goes_on_as_here(tmp_path, f"{s3}/{tmp_path.name}")

@@ -12,7 +12,7 @@ import pytest
 import torch
 from ray.cluster_utils import Cluster
 
-from pipelines.adapters import CanonicalAdapter
+from pipelines.adapters.canonical import CanonicalAdapter
 from pipelines.cluster import LOCAL_SETTINGS, ClusterConfig
 from pipelines.ingest import ingest
 from pipelines.train import train

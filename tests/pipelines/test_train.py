@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import struct
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tensorboardX.proto import event_pb2
 
 from pipelines.batches import derived_seed
 from pipelines.cluster import ClusterConfig, cluster
@@ -20,6 +18,7 @@ from pipelines.ledger import read_ledger
 from pipelines.progress import Progress, TrainResult
 from pipelines.train import Job, TrainingError, train, train_all
 from pipelines.trainer import TrainConfig, fit
+from tests.pipelines.events import curve
 
 CONFIG = TrainConfig(
     epochs=2,
@@ -117,24 +116,9 @@ def test_two_workers_follow_one_process_and_export_the_same_shapes(toy_task, und
     assert all(torch.allclose(left[name], right[name], atol=1e-3) for name in left)
     told = [p.validation_loss for p in seen if p.validation_loss is not None]
     assert told == [epoch.validation_loss for epoch in two.epochs]
-    assert points_of(folder / "tensorboard", "validation/loss") == pytest.approx(
-        {16: told[0], 32: told[1]}, rel=1e-6
-    ), "curves lie beside the model, by default"
-
-
-def points_of(folder: Path, tag: str) -> dict[int, float]:
-    """What TensorBoard's files hold, read as the viewer reads them: length, checksum, event, checksum."""
-    found = {}
-    for file in sorted(folder.glob("events*")):
-        data, at = file.read_bytes(), 0
-        while at < len(data):
-            (length,) = struct.unpack_from("<Q", data, at)
-            event = event_pb2.Event.FromString(data[at + 12 : at + 12 + length])
-            for value in event.summary.value:
-                if value.tag == tag:
-                    found[event.step] = value.simple_value
-            at += 12 + length + 4
-    return found
+    assert curve(folder / "tensorboard", "validation/loss") == pytest.approx({16: told[0], 32: told[1]}, rel=1e-6), (
+        "curves lie beside the model, by default"
+    )
 
 
 def assert_trained_as_if_nothing_had_been(folder: Path, undisturbed_folder: Path, units: np.ndarray) -> None:

@@ -17,7 +17,7 @@ from pipelines.recipes import recipe
 from pipelines.workspace import Workspace
 from pipelines.world import SCALES, generate
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
 
 @pytest.fixture

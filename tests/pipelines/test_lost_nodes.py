@@ -19,7 +19,7 @@ from pipelines.train import train
 from pipelines.trainer import TrainConfig
 from pipelines.world import SCALES, generate
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
 CONFIG = TrainConfig(
     epochs=2,

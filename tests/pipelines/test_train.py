@@ -150,6 +150,7 @@ def test_a_worker_killed_inside_an_epoch_changes_nothing(toy_task, undisturbed, 
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(2400)
 def test_workers_killed_at_ten_random_steps_change_nothing(toy_task, undisturbed, tmp_path):
     rng = np.random.default_rng(20)
     places = [(epoch, step, rank) for epoch in (0, 1) for step in range(16) for rank in (0, 1)]

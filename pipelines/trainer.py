@@ -111,7 +111,7 @@ class Run:
             self.learning_rates = learner.set_learning_rates(self._share_of_rates())
             torch.manual_seed(step.seed_of_all)
             loss, mean_loss = learner.loss(batch, targets)
-            self._require_finite(step, mean_loss, float(loss.detach()))
+            self._require_finite(step, loss, mean_loss)
             self._move(step, loss)
             self._remember(step, mean_loss)
             pace.samples += step.units_of_all
@@ -197,11 +197,11 @@ class Run:
     def _loaded(self, steps: list[Step], pace: Pace) -> Iterator[tuple[Step, Batch, dict[str, torch.Tensor]]]:
         return load_batches(self.task, steps, prefetch=self.config.prefetch, device=self.device, pace=pace)
 
-    def _require_finite(self, step: Step, mean_loss: float, own_loss: float) -> None:
+    def _require_finite(self, step: Step, loss: torch.Tensor, mean_loss: float) -> None:
         if math.isfinite(mean_loss):
             return
-        shares = told_by_workers((own_loss, step.units.tolist()))
-        bad = {rank: units for rank, (loss, units) in enumerate(shares) if not math.isfinite(loss)}
+        shares = told_by_workers((float(loss.detach()), step.units.tolist()))
+        bad = {rank: units for rank, (own, units) in enumerate(shares) if not math.isfinite(own)}
         where = "; ".join(f"worker {rank}: units {units[:20]} ({len(units)} in all)" for rank, units in bad.items())
         raise NonFiniteLossError(
             f"task {self.task.name}, epoch {self.cursor.epoch}, step {step.number}: the loss is not finite on {where}. "

@@ -47,7 +47,14 @@ from ranking.train import RankerTask
 SHARES = {"user_rows": 0.4, "video_rows": 0.5, "author_rows": 0.1}
 ROWS_A_PART = 10_000_000
 CONFIG = TrainConfig(
-    epochs=1, batch_size=512, lr_dense=3e-3, num_workers=2, threads=1, rows_a_part=ROWS_A_PART, warmup_steps=20
+    epochs=1,
+    batch_size=512,
+    lr_dense=3e-3,
+    num_workers=2,
+    threads=1,
+    rows_a_part=ROWS_A_PART,
+    warmup_steps=20,
+    background_checkpoints=False,
 )
 PLANNED_BATCH, VIDEOS_A_SAMPLE, TAGS_A_VIDEO = 8192, 20, 2.5
 """A GPU's batch, and what the world `small` shows at batch 1,024: distinct videos a sample, tags a video."""

@@ -25,7 +25,7 @@ from benchmarks.machine import describe_at_rest, line
 from pipelines.trainer import TrainConfig, fit
 
 PACKAGES = ("torch", "torchrec", "fbgemm-gpu-cpu")
-BATCH, STEPS, EVERY = 2048, 60, 20
+BATCH, STEPS, EVERY = 512, 60, 20
 CHECKPOINTS = (STEPS - 1) // EVERY
 CONFIG = TrainConfig(epochs=1, batch_size=BATCH)
 WAYS = {

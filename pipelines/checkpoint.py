@@ -9,6 +9,7 @@ where memory holds one. It is the trainer's own, local and trusted: what serving
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -36,6 +37,10 @@ ONE_FILE_BYTES = 2**30
 file is complete, so large ones get a file each."""
 COPY_SHARE = 1 / 4
 """Of the free memory, which a copy of the state may take."""
+
+
+DISK_REFUSALS = frozenset({errno.ENOSPC, errno.EROFS, errno.EDQUOT})
+"""Full, read-only, over quota."""
 
 
 class CheckpointError(RuntimeError):

@@ -6,7 +6,7 @@ All randomness is reseeded from (seed, epoch, step), so that a position is the r
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 
@@ -47,6 +47,32 @@ class Cursor:
     def epoch_just_closed(self) -> EpochReport | None:
         """The last epoch's report, if no step was made since; None inside an epoch."""
         return self.epochs[-1] if self.epochs and self.units_done == 0 else None
+
+    @property
+    def train_loss(self) -> float:
+        """Mean over the units of this epoch so far."""
+        return self.epoch_loss_sum / self.units_done
+
+    def after_step(self, units: int, mean_loss: float) -> Cursor:
+        """One step on, in which all workers together took so many units."""
+        return replace(
+            self,
+            units_done=self.units_done + units,
+            epoch_loss_sum=self.epoch_loss_sum + mean_loss * units,
+            steps_done=self.steps_done + 1,
+        )
+
+    def after_epoch(self, report: EpochReport) -> Cursor:
+        """At the start of the next epoch."""
+        best = all(report.validation_loss < earlier.validation_loss for earlier in self.epochs)
+        return replace(
+            self,
+            epoch=self.epoch + 1,
+            units_done=0,
+            epoch_loss_sum=0.0,
+            best_epoch=self.epoch if best else self.best_epoch,
+            epochs=(*self.epochs, report),
+        )
 
     def to_json(self) -> str:
         """JSON text."""

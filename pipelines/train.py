@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pipelines.checkpoint import CheckpointError, Checkpoints
+from pipelines.checkpoint import DISK_REFUSALS, CheckpointError, Checkpoints
 from pipelines.cluster import ClusterConfig, cluster, usable_cpus
 from pipelines.telemetry import telemetry
 from pipelines.trainer import Progress, Task, TrainConfig, TrainResult, fit
@@ -26,6 +26,8 @@ from pipelines.warm_start import WarmStart
 
 NODE_WAIT_S = 300.0
 """How long a run that lost a machine waits for another one."""
+GROUP_STARTS = 5
+"""How often Ray Train waits, a minute or more each, for room for all workers; without end by default."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -97,9 +99,13 @@ def _prepare(job: Job) -> None:
             shutil.rmtree(job.out_dir / "checkpoints", ignore_errors=True)
         _progress_file(job).write_text("")
     except OSError as failed:
-        kept = Checkpoints(job.out_dir / "checkpoints").find("last")
-        intact = "No checkpoint is there" if kept is None else f"The last checkpoint, {kept.name}, is intact"
-        raise TrainingError(str(CheckpointError.of("training", job.out_dir, failed, intact))) from failed
+        raise TrainingError(str(_unwritten(job, failed))) from failed
+
+
+def _unwritten(job: Job, failed: OSError) -> CheckpointError:
+    kept = Checkpoints(job.out_dir / "checkpoints").find("last")
+    intact = "No checkpoint is there" if kept is None else f"The last checkpoint, {kept.name}, is intact"
+    return CheckpointError.of("training", job.out_dir, failed, intact)
 
 
 def _reached(jobs: Sequence[Job]) -> list[str | None]:
@@ -129,7 +135,7 @@ class _Failure(NamedTuple):
 def _run_group(jobs: Sequence[Job]) -> _Failure | None:
     """One worker group from start to end; what went wrong, if anything did."""
     from ray.exceptions import RayError
-    from ray.train import RunConfig, ScalingConfig, TrainingFailedError
+    from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
     from ray.train.torch import TorchConfig, TorchTrainer
 
     workers, use_gpu = jobs[0].config.num_workers, jobs[0].config.use_gpu
@@ -138,7 +144,11 @@ def _run_group(jobs: Sequence[Job]) -> _Failure | None:
         train_loop_config={"jobs": list(jobs)},
         scaling_config=ScalingConfig(num_workers=workers, use_gpu=use_gpu, resources_per_worker={"CPU": 1}),
         torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
-        run_config=RunConfig(storage_path=str(jobs[0].out_dir), name="ray_train"),
+        run_config=RunConfig(
+            storage_path=str(jobs[0].out_dir),
+            name="ray_train",
+            failure_config=FailureConfig(controller_failure_limit=GROUP_STARTS),
+        ),
     )
     try:
         trainer.fit()
@@ -166,7 +176,12 @@ def _work(loop_config: dict[str, Any]) -> None:
                     ray.train.report(asdict(progress))
 
             task = job.make_task(*job.args)
-            fit(task, job.config, out_dir=job.out_dir, resume=job.resume, start=job.start, on_progress=tell)
+            try:
+                fit(task, job.config, out_dir=job.out_dir, resume=job.resume, start=job.start, on_progress=tell)
+            except OSError as failed:  # what is no checkpoint: progress, the ledger
+                if failed.errno in DISK_REFUSALS:
+                    raise _unwritten(job, failed) from failed
+                raise
 
 
 def _explain(failed: Exception) -> _Failure:

@@ -76,7 +76,7 @@ class TrainConfig:
     ledger: bool = False
     """Each worker writes down which units every step consumed (`pipelines.ledger`)."""
     mlflow: str | None = None
-    """Also log to the MLflow server or folder at this tracking URI; needs requirements/mlflow.txt."""
+    """Also log to the MLflow server at this tracking URI; needs requirements/mlflow.txt."""
     prefetch: int = 2
     """Batches collated ahead."""
     num_workers: int = 1

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import closing, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -19,11 +19,11 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError
 
+from features.batch import Batch
 from pipelines.allocator import freed_memory_kept
 from pipelines.batches import VALIDATION, Step, derived_seed, training_steps, validation_steps
-from pipelines.checkpoint import CheckpointError, Checkpoints
+from pipelines.checkpoint import Checkpoints
 from pipelines.cursor import Cursor, EpochReport, read_cursor
 from pipelines.learner import Learner, NonFiniteLossError, NonFiniteStateError
 from pipelines.ledger import Ledger, cut_ledger
@@ -33,7 +33,7 @@ from pipelines.repeatable import repeatable
 from pipelines.sharding import shard
 from pipelines.train_config import Task, TrainConfig
 from pipelines.warm_start import WarmStart, renew_rows
-from pipelines.whole_state import read_unsharded
+from pipelines.whole_state import export_model
 from pipelines.workers import process_group, told_by_workers
 
 
@@ -119,16 +119,13 @@ class Run:
         learner, pace = self.learner, Pace()
         learner.model.train()
         steps = self._steps(self.cursor.epoch, self.cursor.units_done)
-        for step, batch, targets in load_batches(
-            self.task, steps, prefetch=self.config.prefetch, device=self.device, pace=pace
-        ):
+        for step, batch, targets in self._loaded(steps, pace):
             self.learning_rates = learner.set_learning_rates(self._share_of_rates())
             torch.manual_seed(step.seed_of_all)
             loss, mean_loss = learner.loss(batch, targets)
-            if not math.isfinite(mean_loss):
-                self._refuse(step, float(loss.detach()))
+            self._require_finite(step, loss, mean_loss)
             self._move(step, loss)
-            self._advance(step, mean_loss)
+            self._remember(step, mean_loss)
             pace.samples += step.units_of_all
             if self.rank == 0 and pace.due():
                 self._report(step.number + 1, pace)
@@ -138,33 +135,25 @@ class Run:
 
     def close_epoch(self) -> None:
         """Validate, remember the epoch, checkpoint."""
-        cursor, validation = self.cursor, self.validate()
+        validation, pace = self.validate(), self.pace
         report = EpochReport(
-            epoch=cursor.epoch,
-            train_loss=cursor.epoch_loss_sum / cursor.units_done,
+            epoch=self.cursor.epoch,
+            train_loss=self.cursor.train_loss,
             validation_loss=validation.pop("loss"),
             metrics=self.task.metrics(validation),
-            samples_per_s=self.pace.samples_per_s,
-            input_wait_share=self.pace.share_waiting_for("input"),
-            checkpoint_wait_share=self.pace.share_waiting_for("checkpoint"),
+            samples_per_s=pace.samples_per_s,
+            input_wait_share=pace.share_waiting_for("input"),
+            checkpoint_wait_share=pace.share_waiting_for("checkpoint"),
         )
         if not math.isfinite(report.validation_loss):
             raise NonFiniteLossError(
-                f"task {self.task.name}, epoch {cursor.epoch}: validation loss is {report.validation_loss}; "
+                f"task {self.task.name}, epoch {report.epoch}: validation loss is {report.validation_loss}; "
                 "this epoch is not checkpointed; lower lr_dense or lr_sparse"
             )
-        best = all(report.validation_loss < earlier.validation_loss for earlier in cursor.epochs)
-        self.cursor = replace(
-            cursor,
-            epoch=cursor.epoch + 1,
-            units_done=0,
-            epoch_loss_sum=0.0,
-            best_epoch=cursor.epoch if best else cursor.best_epoch,
-            epochs=(*cursor.epochs, report),
-        )
+        self.cursor = self.cursor.after_epoch(report)
         self.cursor = replace(self.cursor, finished=self._is_finished())
         self._checkpoint()
-        self._report(self._steps_an_epoch(), self.pace, closed=report)
+        self._report(self._steps_an_epoch(), pace, closed=report)
 
     def export(self) -> TrainResult:
         """The first worker hands the best epoch's whole, unsharded state to the task."""
@@ -184,12 +173,7 @@ class Run:
             wall_s=time.perf_counter() - self.started,
         )
         if self.rank == 0:
-            try:
-                self._export_whole(best)
-                (self.out_dir / "training.json").write_text(result.to_json())
-            except (OSError, SafetensorError) as failed:
-                intact = f"All checkpoints are intact, the best is {best.name}"
-                raise CheckpointError.of("the model", self.out_dir, failed, intact) from failed
+            export_model(self.task, best, self.unsharded, self.table_rows, self.out_dir, result.to_json())
         dist.barrier()
         return result
 
@@ -222,6 +206,20 @@ class Run:
         self.plan, self.table_rows = sharded.plan, sharded.rows
         return Learner(sharded, config, self.device)
 
+    def _loaded(self, steps: list[Step], pace: Pace) -> Iterator[tuple[Step, Batch, dict[str, torch.Tensor]]]:
+        return load_batches(self.task, steps, prefetch=self.config.prefetch, device=self.device, pace=pace)
+
+    def _require_finite(self, step: Step, loss: torch.Tensor, mean_loss: float) -> None:
+        if math.isfinite(mean_loss):
+            return
+        shares = told_by_workers((float(loss.detach()), step.units.tolist()))
+        bad = {rank: units for rank, (own, units) in enumerate(shares) if not math.isfinite(own)}
+        where = "; ".join(f"worker {rank}: units {units[:20]} ({len(units)} in all)" for rank, units in bad.items())
+        raise NonFiniteLossError(
+            f"task {self.task.name}, epoch {self.cursor.epoch}, step {step.number}: the loss is not finite on {where}. "
+            "No parameter moved in this step. Look for NaN in the targets of these units, or lower the learning rates"
+        )
+
     def _move(self, step: Step, loss: torch.Tensor) -> None:
         try:
             self.learner.move(loss if step.share == 1.0 else loss * step.share)
@@ -231,16 +229,10 @@ class Run:
                 "the last checkpoint is from before: lower the learning rates and start over from it"
             ) from met
 
-    def _advance(self, step: Step, mean_loss: float) -> None:
-        cursor = self.cursor
+    def _remember(self, step: Step, mean_loss: float) -> None:
         if self._ledger is not None:
-            self._ledger.add(position=cursor.steps_done, epoch=cursor.epoch, units=step.units)
-        self.cursor = replace(
-            cursor,
-            units_done=cursor.units_done + step.units_of_all,
-            epoch_loss_sum=cursor.epoch_loss_sum + mean_loss * step.units_of_all,
-            steps_done=cursor.steps_done + 1,
-        )
+            self._ledger.add(position=self.cursor.steps_done, epoch=self.cursor.epoch, units=step.units)
+        self.cursor = self.cursor.after_step(step.units_of_all, mean_loss)
 
     def _checkpoint_inside(self, *, is_last: bool) -> None:
         """An epoch; its last step is followed by the checkpoint that closes it."""
@@ -253,16 +245,6 @@ class Run:
         if self._ledger is not None:
             self._ledger.sync()
         self.checkpoints.save(self.learner.tensors(), self.cursor)
-
-    def _export_whole(self, checkpoint: Path) -> None:
-        like = {f"model/{name}": tensor for name, tensor in self.unsharded.items()}
-        parts = {f"model/{name}": (f"model/{r.table}", r.start, r.end) for name, r in self.table_rows.items()}
-        scratch = self.out_dir / "whole.partial"
-        try:
-            state = read_unsharded(checkpoint, like, parts, scratch)
-            self.task.export({name.removeprefix("model/"): t for name, t in state.items()}, self.out_dir)
-        finally:
-            scratch.unlink(missing_ok=True)
 
     def _recipe(self) -> dict[str, str | int]:
         units = hashlib.sha256(np.ascontiguousarray(self.train_units).tobytes()).hexdigest()[:16]
@@ -287,15 +269,6 @@ class Run:
     def _steps_an_epoch(self) -> int:
         return -(-len(self.train_units) // (self.config.batch_size * self.world))
 
-    def _refuse(self, step: Step, own_loss: float) -> None:
-        shares = told_by_workers((own_loss, step.units.tolist()))
-        bad = {rank: units for rank, (loss, units) in enumerate(shares) if not math.isfinite(loss)}
-        where = "; ".join(f"worker {rank}: units {units[:20]} ({len(units)} in all)" for rank, units in bad.items())
-        raise NonFiniteLossError(
-            f"task {self.task.name}, epoch {self.cursor.epoch}, step {step.number}: the loss is not finite on {where}. "
-            "No parameter moved in this step. Look for NaN in the targets of these units, or lower the learning rates"
-        )
-
     def validate(self) -> dict[str, float]:
         """Every scalar of the module, as the mean over all workers' validation units."""
         self.learner.model.eval()
@@ -308,9 +281,7 @@ class Run:
             world=self.world,
         )
         sums: dict[str, float] = {}
-        for step, batch, targets in load_batches(
-            self.task, steps, prefetch=self.config.prefetch, device=self.device, pace=Pace()
-        ):
+        for step, batch, targets in self._loaded(steps, Pace()):
             for name, scalar in self.learner.scalars(batch, targets).items():
                 sums[name] = sums.get(name, 0.0) + scalar * step.units_of_all
         units = sum(step.units_of_all for step in steps)
@@ -334,7 +305,7 @@ class Run:
                 step=step,
                 steps=steps,
                 steps_done=cursor.steps_done,
-                loss=closed.train_loss if closed else cursor.epoch_loss_sum / cursor.units_done,
+                loss=closed.train_loss if closed else cursor.train_loss,
                 validation_loss=closed.validation_loss if closed else None,
                 metrics=cursor.epochs[-1].metrics if cursor.epochs else {},
                 lr_dense=self.learning_rates[0],

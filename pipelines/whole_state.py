@@ -4,13 +4,44 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from torch.distributed.checkpoint.state_dict_loader import load
 
+from pipelines.checkpoint import CheckpointError
+from pipelines.row_parts import RowRange
+from pipelines.train_config import Task
+
 _ALIGNED = 64
+
+
+def export_model(
+    task: Task,
+    checkpoint: Path,
+    unsharded: Mapping[str, torch.Tensor],
+    table_rows: Mapping[str, RowRange],
+    out_dir: Path,
+    training: str,
+) -> None:
+    """Hand the checkpoint's model, with the names and shapes of `unsharded`, to the task; then write `training`, what
+    the run did. `table_rows`: where the rows of each stored table lie in the unsharded ones. Raises CheckpointError
+    where the disk refuses the model."""
+    like = {f"model/{name}": tensor for name, tensor in unsharded.items()}
+    parts = {f"model/{name}": (f"model/{r.table}", r.start, r.end) for name, r in table_rows.items()}
+    scratch = out_dir / "whole.partial"
+    try:
+        state = read_unsharded(checkpoint, like, parts, scratch)
+        task.export({name.removeprefix("model/"): t for name, t in state.items()}, out_dir)
+        (out_dir / "training.json").write_text(training)
+    except (OSError, SafetensorError) as failed:
+        intact = f"All checkpoints are intact, the best is {checkpoint.name}"
+        raise CheckpointError.of("the model", out_dir, failed, intact) from failed
+    finally:
+        scratch.unlink(missing_ok=True)
 
 
 def read_unsharded(

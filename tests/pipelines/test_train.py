@@ -8,14 +8,30 @@ import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
+from pipelines.batches import derived_seed
 from pipelines.cluster import ClusterConfig, cluster
-from pipelines.train import TrainingError, train
+from pipelines.ledger import read_ledger
+from pipelines.progress import Progress, TrainResult
+from pipelines.train import Job, TrainingError, train, train_all
 from pipelines.trainer import TrainConfig, fit
+from tests.pipelines.events import curve
 
-CONFIG = TrainConfig(epochs=2, batch_size=32, warmup_steps=5, lr_dense=0.01, lr_sparse=0.2, num_workers=2, threads=1)
+CONFIG = TrainConfig(
+    epochs=2,
+    batch_size=32,
+    warmup_steps=5,
+    lr_dense=0.01,
+    lr_sparse=0.2,
+    num_workers=2,
+    threads=1,
+    checkpoint_every_steps=4,
+    ledger=True,
+)
+"""16 steps an epoch."""
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -29,26 +45,38 @@ def ray_here(toy_task):
 
 
 @dataclass(frozen=True)
-class TaskWithFate:
-    """The toy task, but collating `unit` ends the worker once (`how="die"`) or raises (`how="raise"`)."""
+class Wrapped:
+    """A task that differs from another in what its subclass says."""
 
     task: object
-    unit: int
-    how: str
-    done: Path
 
     def __getattr__(self, name):
         if name == "task" or name.startswith("__"):  # asked for while unpickling
             raise AttributeError(name)
         return getattr(self.task, name)
 
+
+@dataclass(frozen=True)
+class Deadly(Wrapped):
+    """Collating a step that has one of these seeds kills its worker, once each."""
+
+    seeds: frozenset[int]
+    done: Path
+
     def collate(self, units, *, seed, seed_of_all):
-        if self.unit in units:
-            if self.how == "raise":
-                raise KeyError(f"unit {self.unit} has no video")
-            if not self.done.exists():
-                self.done.write_text("once")
-                os.kill(os.getpid(), signal.SIGKILL)
+        if seed in self.seeds and not (self.done / str(seed)).exists():
+            (self.done / str(seed)).touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return self.task.collate(units, seed=seed, seed_of_all=seed_of_all)
+
+
+@dataclass(frozen=True)
+class Faulty(Wrapped):
+    """Unit 7 cannot be collated."""
+
+    def collate(self, units, *, seed, seed_of_all):
+        if 7 in units:
+            raise KeyError("unit 7 has no video")
         return self.task.collate(units, seed=seed, seed_of_all=seed_of_all)
 
 
@@ -67,40 +95,75 @@ def without_dropout(task):
     return NoDropout(task.folder)
 
 
-def test_two_workers_follow_one_process_and_export_the_same_shapes(toy_task, tmp_path):
-    task, seen = without_dropout(toy_task), []
+@pytest.fixture(scope="module")
+def undisturbed(toy_task, tmp_path_factory) -> tuple[Path, TrainResult, list[Progress]]:
+    """Two workers whom nothing happens to."""
+    out, seen = tmp_path_factory.mktemp("undisturbed"), []
+    task = without_dropout(toy_task)
+    return out, train(lambda: task, (), CONFIG, out_dir=out, on_progress=seen.append), seen
+
+
+def test_two_workers_follow_one_process_and_export_the_same_shapes(toy_task, undisturbed, tmp_path):
+    task, (folder, two, seen) = without_dropout(toy_task), undisturbed
     one = fit(task, replace(CONFIG, batch_size=64, num_workers=1), out_dir=tmp_path / "one")
-    two = train(lambda: task, (), CONFIG, out_dir=tmp_path / "two", on_progress=seen.append)
     assert (two.workers, two.steps) == (2, one.steps)
     assert {rank for table in two.plan for rank in table.ranks} == {0, 1}, "both workers hold tables"
     for of_one, of_two in zip(one.epochs, two.epochs, strict=True):
         assert of_two.train_loss == pytest.approx(of_one.train_loss, rel=1e-4)
         assert of_two.validation_loss == pytest.approx(of_one.validation_loss, rel=1e-4)
-    left, right = (torch.load(tmp_path / side / "toy.pt", weights_only=True) for side in ("one", "two"))
+    left, right = (torch.load(side / "toy.pt", weights_only=True) for side in (tmp_path / "one", folder))
     assert {k: v.shape for k, v in left.items()} == {k: v.shape for k, v in right.items()}
     assert all(torch.allclose(left[name], right[name], atol=1e-3) for name in left)
     told = [p.validation_loss for p in seen if p.validation_loss is not None]
     assert told == [epoch.validation_loss for epoch in two.epochs]
-
-    # the two workers' checkpoint is read by one: the last epoch's state goes on, tables and accumulators resharded
-    more = fit(task, replace(CONFIG, epochs=3, batch_size=64, num_workers=1), out_dir=tmp_path / "two")
-    straight = fit(task, replace(CONFIG, epochs=3, batch_size=64, num_workers=1), out_dir=tmp_path / "one")
-    assert (more.resumed_from_step, more.workers, len(more.epochs)) == (two.steps, 1, 3)
-    assert more.epochs[2].validation_loss == pytest.approx(straight.epochs[2].validation_loss, rel=1e-3)
+    assert curve(folder / "tensorboard", "validation/loss") == pytest.approx({16: told[0], 32: told[1]}, rel=1e-6), (
+        "curves lie beside the model, by default"
+    )
 
 
-def test_killed_worker_is_replaced_and_the_run_goes_on_from_its_checkpoint(toy_task, tmp_path):
-    config = replace(CONFIG, epochs=1, checkpoint_every_steps=2)
-    first_validated = int(toy_task.validation_units()[0])  # met after all training steps of the epoch
-    task = TaskWithFate(toy_task, first_validated, "die", tmp_path / "done")
-    result = train(lambda: task, (), config, out_dir=tmp_path / "run")
-    assert (tmp_path / "done").exists()
-    assert 0 < result.resumed_from_step < result.steps
-    assert result.epochs[0].validation_loss < 0.4, "the steps before the loss count: untrained is 0.69"
+def assert_trained_as_if_nothing_had_been(folder: Path, undisturbed_folder: Path, units: np.ndarray) -> None:
+    """Parameters and metrics to the bit; each row once an epoch."""
+    left, right = (torch.load(side / "toy.pt", weights_only=True) for side in (folder, undisturbed_folder))
+    assert left.keys() == right.keys()
+    assert all(torch.equal(left[name], right[name]) for name in left)
+    found, expected = (
+        [
+            (e.train_loss, e.validation_loss, e.metrics)
+            for e in TrainResult.from_json((side / "training.json").read_text()).epochs
+        ]
+        for side in (folder, undisturbed_folder)
+    )
+    assert found == expected
+    lines = list(read_ledger(folder / "ledger"))
+    for epoch in range(len(found)):
+        taken = np.concatenate([line.units for line in lines if line.epoch == epoch])
+        assert np.array_equal(np.sort(taken), units), f"epoch {epoch} reads each row once"
+
+
+def test_a_worker_killed_inside_an_epoch_changes_nothing(toy_task, undisturbed, tmp_path):
+    death = derived_seed(CONFIG.seed, 1, 9, 1)  # the second worker, in the tenth step of the second epoch
+    task = Deadly(without_dropout(toy_task), frozenset([death]), tmp_path)
+    result = train(lambda: task, (), CONFIG, out_dir=tmp_path / "run")
+    assert (tmp_path / str(death)).exists()
+    assert 16 < result.resumed_from_step < result.steps, "from inside the epoch"
+    assert_trained_as_if_nothing_had_been(tmp_path / "run", undisturbed[0], toy_task.train_units())
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(2400)
+def test_workers_killed_at_ten_random_steps_change_nothing(toy_task, undisturbed, tmp_path):
+    rng = np.random.default_rng(20)
+    places = [(epoch, step, rank) for epoch in (0, 1) for step in range(16) for rank in (0, 1)]
+    chosen = [places[n] for n in rng.choice(len(places), 10, replace=False)]
+    deaths = frozenset(derived_seed(CONFIG.seed, *place) for place in chosen)
+    task = Deadly(without_dropout(toy_task), deaths, tmp_path)
+    train_all([Job(make_task=lambda: task, args=(), config=CONFIG, out_dir=tmp_path / "run")], restarts=10)
+    assert {int(path.name) for path in tmp_path.iterdir() if path.is_file()} == deaths
+    assert_trained_as_if_nothing_had_been(tmp_path / "run", undisturbed[0], toy_task.train_units())
 
 
 def test_error_in_the_data_is_told_once_with_its_cause(toy_task, tmp_path):
-    task = TaskWithFate(toy_task, 7, "raise", tmp_path / "done")
+    task = Faulty(toy_task)
     with pytest.raises(TrainingError, match=r"worker \d failed: KeyError.*unit 7 has no video") as caught:
         train(lambda: task, (), CONFIG, out_dir=tmp_path)
     assert isinstance(caught.value.__cause__, KeyError)

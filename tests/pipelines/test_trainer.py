@@ -13,8 +13,9 @@ from features.dataset import Dataset
 from pipelines.batches import ahead, training_steps, validation_steps
 from pipelines.checkpoint import Checkpoints
 from pipelines.cursor import read_cursor
+from pipelines.learner import NonFiniteLossError, NonFiniteStateError
 from pipelines.sharding import plan_table
-from pipelines.trainer import NonFiniteLossError, TrainConfig, fit
+from pipelines.trainer import TrainConfig, fit
 from pipelines.whole_state import read_unsharded
 
 CONFIG = TrainConfig(epochs=3, batch_size=64, warmup_steps=5, lr_dense=0.01, lr_sparse=0.2, patience=3)
@@ -136,6 +137,30 @@ def test_nan_loss_stops_before_any_parameter_moves(toy_task, tmp_path):
     stored = read_unsharded(last, now, {}, tmp_path / "scratch")
     assert sum("ebc" in name for name in now) == 5
     assert all(torch.equal(stored[name], now[name]) for name in now)
+
+
+def test_a_gradient_that_is_not_finite_ends_the_run_with_the_checkpoint_before_intact(toy_task, tmp_path):
+    class Steep(type(toy_task)):
+        """Adds a root at 0 to the loss, which is 0, and whose slope is infinite."""
+
+        def build(self, tables_on=None):
+            module = super().build(tables_on)
+
+            class SteepModel(type(module)):
+                def forward(self, batch, targets):
+                    scalars = super().forward(batch, targets)
+                    return {**scalars, "loss": scalars["loss"] + (self.video.bias.sum() * 0).sqrt()}
+
+            module.__class__ = SteepModel
+            return module
+
+    fit(toy_task, replace(CONFIG, epochs=1), out_dir=tmp_path)
+    with pytest.raises(NonFiniteStateError, match=r"epoch 1, step 0: the gradient.*norm nan.*start over"):
+        fit(Steep(toy_task.folder), replace(CONFIG, epochs=2), out_dir=tmp_path)
+    last = Checkpoints(tmp_path / "checkpoints").find("last")
+    assert last is not None
+    assert (read_cursor(last).epoch, len(read_cursor(last).epochs)) == (1, 1)
+    assert fit(toy_task, replace(CONFIG, epochs=2), out_dir=tmp_path).best_validation_loss < 0.5
 
 
 def test_early_stopping_keeps_the_best_epoch(toy_task, tmp_path):

@@ -20,6 +20,7 @@ from pipelines.trainer import TrainConfig, fit
 from pipelines.world import SCALES, generate
 from ranking.config import RankerConfig
 from ranking.infer import Ranker
+from ranking.loss import task_losses
 from ranking.tasks import TASKS, task_labels
 from tests.pipelines.gloo import fit_in_two
 
@@ -81,6 +82,21 @@ def entropies(world: World, folder: Path) -> np.ndarray:
             for t, column in enumerate(columns)
         ]
     )
+
+
+def test_normalised_entropy_of_the_best_constant_is_one(world):
+    """Cross-entropy of always saying the rate of positives is the entropy of that rate, logged or not."""
+    task, dataset = _ranker_task(*world.arguments), Dataset.load(world.folder)
+    labels_NT = torch.from_numpy(task_labels(dataset.examples.take(task.validation_units())))
+    labels_NT = labels_NT[:, [TASKS.index(name) for name in task.tasks]]
+    rate_T = labels_NT.nanmean(0)
+    losses_T = task_losses(torch.logit(rate_T).expand_as(labels_NT), labels_NT, torch.ones(len(labels_NT)))
+    both_kinds = [t for t, rate in enumerate(rate_T) if 0 < rate < 1]
+    assert len(both_kinds) > 3
+    found = task.metrics({f"loss_{name}": float(losses_T[t]) for t, name in enumerate(task.tasks)})
+    for t in both_kinds:
+        assert found[f"normalised_entropy_{task.tasks[t]}"] == pytest.approx(1, abs=1e-4)
+    assert found["normalised_entropy"] == pytest.approx(1, abs=1e-4)
 
 
 def test_two_workers_and_one_give_the_same_ranker(world, alone, tmp_path):

@@ -57,9 +57,9 @@ def losses() -> dict[str, list[float]]:
     chosen = recipe("world-tiny")
 
     class Recorded(Run):
-        def _advance(self, step, mean_loss: float) -> None:
+        def _remember(self, step, mean_loss: float) -> None:
             curve.append(mean_loss)
-            super()._advance(step, mean_loss)
+            super()._remember(step, mean_loss)
 
     with tempfile.TemporaryDirectory() as folder, process_group():
         root = Path(folder)

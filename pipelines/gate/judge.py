@@ -46,7 +46,7 @@ def judge(
     config, dataset = ws.recipe.gate, ws.dataset()
     split, signal = ws.split(dataset), ws.recipe.retrieval_signal
     candidate = FeedBundle.open(staged, "candidate")
-    opened, live_metrics, verdicts = _readable(live)
+    opened, live_metrics, verdicts = readable(live)
     days = split.test
     if opened is not None:
         days, verdict = unseen_days(split, live_metrics)
@@ -96,7 +96,7 @@ def _beside(
     ]
 
 
-def _readable(live: Bundle | None) -> tuple[FeedBundle | None, dict, list[Verdict]]:
+def readable(live: Bundle | None) -> tuple[FeedBundle | None, dict, list[Verdict]]:
     """The live bundle opened, and its metrics; or the verdict that this release cannot, though every byte of it is as
     published."""
     if live is None:

@@ -195,6 +195,9 @@ def test_pruning_leaves_live_its_fallback_and_the_newest(local: Registry, remote
 def test_a_url_nobody_speaks_is_refused_by_name():
     with pytest.raises(ValueError, match="registry gopher://x: Protocol not known"):
         RemoteRegistry("gopher://x")
+    for url in ("s3://bucket/x", Path("s3://bucket/x")):
+        with pytest.raises(ValueError, match="give a folder here, and `reelrank registry pull` into it"):
+            Registry(url)
 
 
 def test_s3_puts_conditionally(local: Registry, monkeypatch: pytest.MonkeyPatch):

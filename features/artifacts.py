@@ -45,6 +45,7 @@ STAGING_MAX_AGE_S = 3600
 young that was never live may be about to be: pruning leaves it."""
 
 VERSION = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+_URL = re.compile(r"[a-z][a-z0-9]+:/")  # a Path keeps one slash of two
 
 
 class LiveMovedError(ArtifactError):
@@ -109,6 +110,9 @@ class Registry:
     """All published versions under one folder, and which of them is live."""
 
     def __init__(self, root: str | Path) -> None:
+        """Raises ValueError for a URL: those are `features.remote`'s."""
+        if _URL.match(str(root)):
+            raise ValueError(f"registry {root}: give a folder here, and `reelrank registry pull` into it from a URL")
         self.root = Path(root).absolute()
         self._bundles = self.root / "bundles"
         self._staging = self.root / ".staging"

@@ -41,10 +41,14 @@ def disk_told(root: Path) -> Iterator[None]:
 
 def write_durably(path: Path, raw: bytes) -> None:
     """The file's bytes are on disk on return; its name is once the folder is, too (`fsync_folder`)."""
-    with path.open("wb") as handle:
-        handle.write(raw)
-        handle.flush()
-        os.fsync(handle.fileno())
+    try:
+        with path.open("wb") as handle:
+            handle.write(raw)
+            handle.flush()
+            os.fsync(handle.fileno())
+    except OSError as error:
+        error.filename = str(path)  # a write that fails does not say where
+        raise
 
 
 def fsync_folder(folder: Path) -> None:

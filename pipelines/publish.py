@@ -50,6 +50,7 @@ def publish(ws: Workspace, stage: Stage, *, force: bool = False, device: str = "
         version = registry.publish(staged, meta=meta)
     registry.set_live(version, if_live=live.version if live is not None else None)
     stage.note = f"{version} is live"
+    stage.details += [f"forced past: {v.rule}" for v in verdicts if not v.passed]
     return version, verdicts
 
 

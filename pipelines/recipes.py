@@ -134,7 +134,8 @@ def world_tiny() -> Recipe:
         name="world-tiny",
         spec=world_spec(user_rows=1 << 12, video_rows=1 << 12, author_rows=1 << 10),
         recall_at=(20, 100),
-        gate=GateConfig(min_recall_over_popularity=0.2, max_calibration_error=0.6),
+        # Ten seeds have recall@100 of .24 to .56: thirty steps of training.
+        gate=GateConfig(min_recall_over_popularity=0.2, max_calibration_error=0.35, max_recall_drop=0.6),
         # So few steps that a falling rate of learning would leave the side tower half-way.
         ranker_train=TrainConfig(epochs=2, batch_size=128, lr_dense=3e-3, lr_sparse=0.02, patience=1),
     )

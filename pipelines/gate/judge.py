@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from features.artifacts import Bundle
+from features.dataset import Dataset
 from pipelines.evaluate_ranking import score_examples
 from pipelines.gate.answers import answers_rule
 from pipelines.gate.quality import (
@@ -17,7 +18,7 @@ from pipelines.gate.quality import (
     retrieval_rules,
     table_rules,
 )
-from pipelines.gate.sides import Question, ask, read_by
+from pipelines.gate.sides import Answers, Question, ask, read_by
 from pipelines.gate.soundness import age_rules, caller_rules, index_rules, layout_of, unreadable, unseen_days
 from pipelines.gate.speed import speed_rule
 from pipelines.gate.verdict import GateError, Verdict
@@ -45,7 +46,7 @@ def judge(
     config, dataset = ws.recipe.gate, ws.dataset()
     split, signal = ws.split(dataset), ws.recipe.retrieval_signal
     candidate = FeedBundle.open(staged, "candidate")
-    opened, live_metrics, verdicts = _readable(live)
+    opened, live_metrics, verdicts = readable(live)
     days = split.test
     if opened is not None:
         days, verdict = unseen_days(split, live_metrics)
@@ -67,20 +68,35 @@ def judge(
     if live is not None and opened is not None:
         if days:
             tell(f"gate: beside the live bundle {live.version} on {', '.join(days)}")
-            try:
-                theirs = ask(opened, read_by(opened.encoder, ws, dataset, split), question)
-            except (ValueError, RuntimeError) as error:
-                verdicts.append(unreadable(live.folder, live.version, str(error)))
-            else:
-                verdicts += ranking_against_live(dataset, question, ours, theirs, live_metrics, config)
-                verdicts += retrieval_against_live(dataset, question, ours, theirs, config)
+            verdicts += _beside(ws, dataset, live, opened, question, ours, live_metrics)
         tell("gate: speed")
         verdicts.append(speed_rule(candidate, opened, config))
     tell("gate: answers in a clean process")
     return [*verdicts, answers_rule(staged, config)]
 
 
-def _readable(live: Bundle | None) -> tuple[FeedBundle | None, dict, list[Verdict]]:
+def _beside(
+    ws: Workspace,
+    dataset: Dataset,
+    live: Bundle,
+    opened: FeedBundle,
+    question: Question,
+    ours: Answers,
+    live_metrics: dict,
+) -> list[Verdict]:
+    """The candidate's answers held against the live bundle's."""
+    try:
+        theirs = ask(opened, read_by(opened.encoder, ws, dataset, ws.split(dataset)), question)
+    except (ValueError, RuntimeError) as error:  # this data lacks what the live bundle's features read, say
+        return [unreadable(live.folder, live.version, str(error))]
+    config = ws.recipe.gate
+    return [
+        *ranking_against_live(dataset, question, ours, theirs, live_metrics, config),
+        *retrieval_against_live(dataset, question, ours, theirs, config),
+    ]
+
+
+def readable(live: Bundle | None) -> tuple[FeedBundle | None, dict, list[Verdict]]:
     """The live bundle opened, and its metrics; or the verdict that this release cannot, though every byte of it is as
     published."""
     if live is None:
@@ -92,5 +108,5 @@ def _readable(live: Bundle | None) -> tuple[FeedBundle | None, dict, list[Verdic
         if not metrics.get("split"):
             raise ValueError("metrics.json does not say which days it was trained on")
         return FeedBundle.load(live), metrics, []
-    except (ValueError, KeyError, TypeError, OSError) as error:
+    except (ValueError, KeyError, TypeError, OSError, RuntimeError) as error:
         return None, {}, [unreadable(live.folder, live.version, f"{type(error).__name__}: {error}")]

@@ -134,6 +134,8 @@ def retrieval_rules(question: Question, answers: Answers, metrics: dict, config:
     lists = len(np.unique(answers.top_QK[:, : question.k])) / question.k
     enough = min(config.min_lists, 0.5 * len(question.video_rows_R) / question.k, 0.5 * len(question.queries))
     return [
+        Verdict("length of the shortest vector of a user or video", answers.shortest, _UNIT_LENGTH, None,
+                answers.shortest >= _UNIT_LENGTH, look_at="the towers' weights: they say nothing of somebody"),
         Verdict(f"two-tower recall@{k} above {config.min_recall_over_popularity:g} x popularity", recall, floor, None,
                 recall > floor, look_at="the towers' training loss, and metrics.json's retrieval rows"),
         Verdict(f"distinct videos in users' top {question.k}, in lists of {question.k}", lists, enough, None,
@@ -168,6 +170,8 @@ def retrieval_against_live(
     ]  # fmt: skip
 
 
+_UNIT_LENGTH = 0.99
+"""Vectors are normalised, so that a shorter one is no rounding."""
 _LEAK = (
     "the inputs for one that knows the label: a counter or history that includes the impression itself, a column "
     "written after it"

@@ -73,6 +73,8 @@ class Answers:
     probability_NT: np.ndarray
     top_QK: np.ndarray
     """Positions in `Question.video_rows_R`, best first."""
+    shortest: float = 1.0
+    """Length of the shortest vector of a user or video; all are made to be 1."""
 
     def of_task(self, task: str) -> np.ndarray:
         """(N,)."""
@@ -90,7 +92,8 @@ def ask(bundle: FeedBundle, view: Dataset, question: Question) -> Answers:
     users_QD = user_vectors(view, bundle.towers, question.queries)
     everything_R = np.ones(len(vectors_RD), bool)
     top_QK = exact_top(vectors_RD, users_QD, question.queries, everything_R, max(question.ks))
-    return Answers(bundle.ranker.tasks, probability_NT, top_QK)
+    shortest = min(float(np.linalg.norm(vectors, axis=1).min()) for vectors in (vectors_RD, users_QD))
+    return Answers(bundle.ranker.tasks, probability_NT, top_QK, shortest)
 
 
 def video_vectors(bundle: FeedBundle, view: Dataset, rows_R: np.ndarray, day: int, now_ms: int) -> np.ndarray:

@@ -68,7 +68,7 @@ def _plain(value: Any) -> Any:
 
 
 def number(value: float | None) -> str:
-    """Four digits, or none for a count."""
+    """Four digits, none for what is whole."""
     if value is None:
         return "-"
-    return f"{value:.0f}" if float(value).is_integer() and abs(value) >= 2 else f"{value:.4f}"
+    return f"{value:.0f}" if float(value).is_integer() else f"{value:.4f}"

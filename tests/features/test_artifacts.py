@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from features.artifacts import ArtifactError, Registry
+from features import artifacts
+from features.artifacts import ArtifactError, LiveMovedError, Registry
 
 FILES = {"ranker.bin": b"weights" * 40, "index/ids.npy": bytes(range(256)), "config.json": b"{}"}
 
@@ -254,3 +255,37 @@ def test_a_history_line_cut_by_a_crash_costs_nothing(registry: Registry) -> None
     registry.set_live("v3")
     assert [entry["version"] for entry in registry.history()] == ["v1", "v3"]
     assert registry.rollback() == "v1"
+
+
+def test_live_moves_only_from_the_version_a_candidate_was_judged_against(registry: Registry) -> None:
+    for version in ("v1", "v2", "v3"):
+        publish(registry, version, version)
+    registry.set_live("v1", if_live=None)
+    registry.set_live("v2", if_live="v1")
+    with pytest.raises(LiveMovedError, match="moved from v1 to v2 while v3 was judged against v1: publish again"):
+        registry.set_live("v3", if_live="v1")
+    with pytest.raises(LiveMovedError):
+        registry.set_live("v3", if_live=None)
+    assert registry.live() == "v2"
+    assert len(registry.history()) == 2
+
+
+def test_pruning_leaves_live_what_rollback_goes_to_and_what_is_being_published(
+    registry: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for version in ("v1", "v2", "v3", "v4"):
+        publish(registry, version, version)
+        registry.set_live(version)
+    publish(registry, "v5", "v5")  # not live yet: its publisher is between two steps
+    half = registry.stage()
+    registry.rollback()
+    assert registry.prune(0, dry_run=True) == ["v1", "v4"]
+    assert len(registry.list()) == 5
+    assert registry.prune(0) == ["v1", "v4"]
+    assert registry.list() == ["v2", "v3", "v5"]
+    assert half.is_dir()
+    monkeypatch.setattr(artifacts, "STAGING_MAX_AGE_S", -1)  # an hour later
+    assert registry.prune(0) == ["v5"]
+    assert registry.rollback() == "v2"
+    with pytest.raises(ValueError, match="keep -1"):
+        registry.prune(-1)

@@ -37,7 +37,7 @@ from pipelines.replay.histories import Histories
 from pipelines.replay.log import CanonicalLog, Window
 from pipelines.replay.policies import LoggedRequests, Valued
 from pipelines.show import served
-from pipelines.stages import train_models
+from pipelines.stages import train_model
 from pipelines.workspace import Workspace
 from pipelines.world import World, read_config
 from pipelines.world.truth import true_values
@@ -105,7 +105,7 @@ def train_another(run: Path, out: Path) -> Path:
     ws = Workspace.create(out, recipe(known.recipe.name, changes), changes)
     ws.dataset_dir.symlink_to(known.dataset_dir.absolute())
     with cluster(ClusterConfig()):
-        train_models(ws, Stage("train"), names=("ranker",))
+        train_model(ws, "ranker", Stage("train"))
     freeze(ws.ranker, ws.frozen_ranker, ws.recipe.tables)
     return ws.frozen_ranker
 

@@ -90,7 +90,8 @@ def first_live(scale: str, root: Path, shown: Stages) -> Workspace:
         for name, work in (
             ("ingest", lambda stage: stages.ingest(ws, CanonicalAdapter(root / "raw"), stage)),
             ("examples", lambda stage: stages.examples(ws, stage)),
-            ("train", lambda stage: stages.train_models(ws, stage)),
+            ("train towers", lambda stage: stages.train_model(ws, "towers", stage)),
+            ("train ranker", lambda stage: stages.train_model(ws, "ranker", stage)),
         ):
             with shown.stage(name) as stage:
                 work(stage)
@@ -112,7 +113,8 @@ def retrain(first: Workspace, seed: int, root: Path, shown: Stages) -> Workspace
     with shown.stage(f"train seed {seed}") as stage:
         if not (ws.ranker / "calibration.json").exists():
             with cluster(ClusterConfig()):
-                stages.train_models(ws, stage)
+                for name in ("towers", "ranker"):
+                    stages.train_model(ws, name, stage)
         if not ws.metrics.exists():
             stages.index(ws, stage)
             stages.evaluate(ws, stage)

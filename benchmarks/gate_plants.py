@@ -241,7 +241,7 @@ def _train_ranker(ws: Workspace) -> None:
     shutil.rmtree(ws.training, ignore_errors=True)
     ws.ranker.unlink()
     with cluster(ClusterConfig()):
-        stages.train_models(ws, Stage("train"), ("ranker",))
+        stages.train_model(ws, "ranker", Stage("train"))
     _freeze(ws)
 
 

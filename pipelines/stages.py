@@ -143,7 +143,7 @@ def train_model(
     name: str,
     stage: Stage,
     *,
-    key: str,
+    key: str = "",
     fresh: bool = False,
     where: ClusterConfig = ClusterConfig(),  # noqa: B008 (frozen)
 ) -> TrainResult:

@@ -34,9 +34,9 @@ from features.inputs import Collated
 from pipelines import ingest as ingestion
 from pipelines.adapters.canonical import CanonicalAdapter
 from pipelines.recipes import Split, recipe, world_spec
-from pipelines.sharding import Traffic, placement, plan_alone, plan_table, table_planner
 from pipelines.stages import encoded
-from pipelines.trainer import TrainConfig, TrainResult, fit
+from pipelines.training.sharding import Traffic, placement, plan_alone, plan_table, table_planner
+from pipelines.training.trainer import TrainConfig, TrainResult, fit
 from pipelines.world import SCALES, generate
 from ranking.config import RankerSizes
 from ranking.freeze import freeze

@@ -22,7 +22,7 @@ from rich.table import Table
 
 from benchmarks.dlrm import DIM, TABLES, DlrmTask
 from benchmarks.machine import describe_at_rest, line
-from pipelines.trainer import TrainConfig, fit
+from pipelines.training.trainer import TrainConfig, fit
 
 PACKAGES = ("torch", "torchrec", "fbgemm-gpu-cpu")
 BATCH, STEPS, EVERY = 512, 60, 20

@@ -119,7 +119,7 @@ class DlrmTask:
     name: str = "reference-dlrm"
 
     def build(self, tables_on: torch.device) -> nn.Module:
-        """See `pipelines.trainer.Task`."""
+        """See `pipelines.training.trainer.Task`."""
         return Dlrm(self.rows, self.n_tables, tables_on, own_interaction=self.own_interaction)
 
     def train_units(self) -> np.ndarray:
@@ -164,7 +164,7 @@ class DlrmTask:
         return Collated(inputs, {"label_B": label_B})
 
     def metrics(self, scalars: dict[str, float]) -> dict[str, float]:
-        """See `pipelines.trainer.Task`."""
+        """See `pipelines.training.trainer.Task`."""
         return scalars
 
     def export(self, state: dict[str, torch.Tensor], folder: Path) -> None:

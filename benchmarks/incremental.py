@@ -33,15 +33,15 @@ from candidate_gen.infer import Towers
 from candidate_gen.train import TowersTask, features_at, index_instant
 from features.dataset import Dataset
 from pipelines import ingest as ingestion
-from pipelines.checkpoint import Checkpoints
 from pipelines.console import output
 from pipelines.evaluate_ranking import evaluate_tasks, score_examples
 from pipelines.evaluate_retrieval import exact_top, make_queries, method_row, user_vectors
-from pipelines.incremental import IncrementalConfig, carried_on
 from pipelines.recipes import Recipe, Split, recipe
 from pipelines.run import machine
-from pipelines.trainer import fit
-from pipelines.warm_start import WarmStart
+from pipelines.training.checkpoint import Checkpoints
+from pipelines.training.incremental import IncrementalConfig, carried_on
+from pipelines.training.trainer import fit
+from pipelines.training.warm_start import WarmStart
 from pipelines.world import SCALES, LifeConfig, generate
 from ranking.infer import Ranker
 from ranking.train import RankerTask

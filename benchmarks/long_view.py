@@ -34,7 +34,7 @@ from pipelines.metrics import kuairand_primary
 from pipelines.recipes import SplitConfig, recipe
 from pipelines.run import machine
 from pipelines.stages import encoded
-from pipelines.trainer import Progress, TrainConfig, fit
+from pipelines.training.trainer import Progress, TrainConfig, fit
 from ranking.config import RankerConfig
 from ranking.infer import Ranker
 from ranking.train import RankerTask

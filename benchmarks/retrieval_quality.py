@@ -51,7 +51,7 @@ from pipelines.evaluate_retrieval import (
 )
 from pipelines.ingest import load_events
 from pipelines.run import machine
-from pipelines.trainer import Progress, fit
+from pipelines.training.trainer import Progress, fit
 from pipelines.workspace import Workspace
 
 MAIN = "two towers"

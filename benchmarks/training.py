@@ -33,7 +33,7 @@ from benchmarks.machine import describe_at_rest, line
 from benchmarks.process import THREADS
 from benchmarks.training_engines import BATCH, ENGINES, LIBRARIES, OURS
 from benchmarks.training_scaling import measure
-from pipelines.trainer import TrainConfig
+from pipelines.training.trainer import TrainConfig
 
 PACKAGES = ("torch", "torchrec", "fbgemm-gpu-cpu")
 PARTS = ("engines", "growth", "scaling")

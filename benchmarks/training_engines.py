@@ -24,7 +24,7 @@ import torch.distributed as dist
 from torch import nn
 
 from benchmarks.dlrm import DIM, NAMES, NUMBERS, TOP, DensePart, DlrmTask, draw, tables
-from pipelines.trainer import TrainConfig, fit
+from pipelines.training.trainer import TrainConfig, fit
 
 BATCH, LR_DENSE, LR_SPARSE = 2048, 1e-3, 0.01
 WARM_UP_STEPS = 4
@@ -32,7 +32,7 @@ HIDDEN = tuple(TOP[:-1])
 
 
 def ours(rows: int, n_tables: int, steps: int, precision: str, own_interaction: bool) -> float:
-    """`pipelines.trainer.fit`: its second epoch's pace; checkpoints lie between epochs, outside the pace."""
+    """`pipelines.training.trainer.fit`: its second epoch's pace; checkpoints lie between epochs, outside the pace."""
     task = DlrmTask(rows=rows, samples=BATCH * steps, n_tables=n_tables, own_interaction=own_interaction)
     config = TrainConfig(
         epochs=2, batch_size=BATCH, lr_dense=LR_DENSE, lr_sparse=LR_SPARSE, precision=precision, patience=2

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from pipelines.trainer import Task, TrainConfig, fit
+from pipelines.training.trainer import Task, TrainConfig, fit
 
 COMMUNICATION = ("All2All", "c10d::", "gloo:", "[splits_dist]", "[input_dist]", "[output_dist]", "## ")
 """How the profiler's names of TorchRec's exchanges, of their waits ("## ... wait() ##") and of collectives begin."""

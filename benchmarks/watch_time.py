@@ -35,7 +35,7 @@ from pipelines.metrics import xauc
 from pipelines.recipes import Recipe, Split, recipe
 from pipelines.run import machine
 from pipelines.stages import encoded
-from pipelines.trainer import fit
+from pipelines.training.trainer import fit
 from pipelines.world import SCALES, World, generate
 from ranking.infer import Ranker
 from ranking.train import RankerTask

@@ -24,11 +24,11 @@ from pipelines.cluster import ClusterConfig
 from pipelines.console import Stage
 from pipelines.gate import to_rows
 from pipelines.hashes import Files
-from pipelines.incremental import Increment
 from pipelines.publish import publish
 from pipelines.stage_records import StageRecord, described
-from pipelines.states import state_folder
-from pipelines.trainer import TrainConfig
+from pipelines.training.incremental import Increment
+from pipelines.training.states import state_folder
+from pipelines.training.trainer import TrainConfig
 from pipelines.workspace import Workspace
 
 HOW_ONLY = ("prefetch", "checkpoint_every_steps", "keep_best", "background_checkpoints", "ledger", "mlflow")

@@ -18,8 +18,8 @@ def exit_code(error: Exception) -> int | None:
     from pipelines.replay.checks import ReplayInputError
     from pipelines.replay.compare import NotComparableError
     from pipelines.sequential.train import SequentialTrainingError
-    from pipelines.telemetry import TelemetryError
-    from pipelines.train import TrainingError
+    from pipelines.training.telemetry import TelemetryError
+    from pipelines.training.train import TrainingError
     from pipelines.workspace import WorkspaceBusyError
     from serving.golden import GoldenError
     from serving.store import StoreUnavailableError

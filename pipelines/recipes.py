@@ -19,8 +19,8 @@ from candidate_gen.index import IndexConfig
 from candidate_gen.model import TowerConfig
 from features.spec import Bucketed, Categorical, Content, FeatureSpec, MultiValued, Numeric
 from pipelines.gate.config import GateConfig
-from pipelines.incremental import IncrementalConfig
-from pipelines.trainer import TrainConfig
+from pipelines.training.incremental import IncrementalConfig
+from pipelines.training.trainer import TrainConfig
 from ranking.config import RankerConfig
 from ranking.tables import Precision
 from serving.config import FeedConfig

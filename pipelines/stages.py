@@ -52,16 +52,16 @@ from pipelines.evaluate_retrieval import (
     user_vectors,
 )
 from pipelines.evaluate_tables import describe, evaluate_tables
-from pipelines.incremental import Increment, carried_on, new_dates, require_same_model
-from pipelines.progress import Progress, TrainResult
 from pipelines.recipes import Split
-from pipelines.sharding import plan_table
 from pipelines.slices import evaluate_slices, slicings
 from pipelines.slot_effect import slot_effect
-from pipelines.states import StateError, keep_state, open_state
-from pipelines.train import Job, train_all
-from pipelines.warm_start import WarmStart
-from pipelines.worker_lock import hold_while_alive, wait_for_workers
+from pipelines.training.incremental import Increment, carried_on, new_dates, require_same_model
+from pipelines.training.progress import Progress, TrainResult
+from pipelines.training.sharding import plan_table
+from pipelines.training.states import StateError, keep_state, open_state
+from pipelines.training.train import Job, train_all
+from pipelines.training.warm_start import WarmStart
+from pipelines.training.worker_lock import hold_while_alive, wait_for_workers
 from pipelines.workspace import Workspace
 from ranking.config import RankerConfig
 from ranking.freeze import freeze

@@ -19,10 +19,10 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
-from pipelines.batches import derived_seed
 from pipelines.sequential.data import Sequences, Windows, collate
 from pipelines.sequential.metrics import KS, Exclude, Scorer, rank_targets, summarise
 from pipelines.sequential.model import NextItemConfig, NextItemModel, to_device
+from pipelines.training.batches import derived_seed
 
 POOL_BATCHES = 16
 """Batches are cut from so many batches' worth of shuffled windows sorted by length: little padding, much chance."""

@@ -11,7 +11,7 @@ from torchrec.models.dlrm import InteractionArch
 
 from benchmarks import reference_dlrm
 from benchmarks.dlrm import DIM, NUMBERS, TABLES, DlrmTask, DotInteraction
-from pipelines.trainer import TrainConfig, fit
+from pipelines.training.trainer import TrainConfig, fit
 
 
 def test_our_loop_trains_the_reference(tmp_path: Path) -> None:

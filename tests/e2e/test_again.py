@@ -20,7 +20,7 @@ from pipelines.demo import run_demo
 from pipelines.execute import log_hashes
 from pipelines.plan import Selection, plan
 from pipelines.recipes import Recipe
-from pipelines.trainer import fit
+from pipelines.training.trainer import fit
 from pipelines.workspace import Workspace
 
 

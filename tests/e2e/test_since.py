@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from features.artifacts import Registry
-from pipelines.states import open_state
+from pipelines.training.states import open_state
 from pipelines.world import SCALES, generate
 
 

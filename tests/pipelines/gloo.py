@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from pipelines.trainer import Task, TrainConfig, TrainResult, fit
+from pipelines.training.trainer import Task, TrainConfig, TrainResult, fit
 
 
 def fit_in_two(make_task: Callable[..., Task], args: tuple, config: TrainConfig, out_dir: Path) -> TrainResult:

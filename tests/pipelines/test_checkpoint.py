@@ -15,15 +15,15 @@ import numpy as np
 import pytest
 import torch
 
-from pipelines import checkpoint as checkpoint_module
-from pipelines.checkpoint import CheckpointError, Checkpoints
-from pipelines.cursor import Cursor, EpochReport, read_cursor
-from pipelines.learner import NonFiniteStateError
-from pipelines.ledger import read_ledger
-from pipelines.snapshot import Snapshot
-from pipelines.trainer import TrainConfig, fit
-from pipelines.whole_state import read_unsharded
-from pipelines.workers import process_group
+from pipelines.training import checkpoint as checkpoint_module
+from pipelines.training.checkpoint import CheckpointError, Checkpoints
+from pipelines.training.cursor import Cursor, EpochReport, read_cursor
+from pipelines.training.learner import NonFiniteStateError
+from pipelines.training.ledger import read_ledger
+from pipelines.training.snapshot import Snapshot
+from pipelines.training.trainer import TrainConfig, fit
+from pipelines.training.whole_state import read_unsharded
+from pipelines.training.workers import process_group
 
 CONFIG = TrainConfig(
     epochs=2, batch_size=64, warmup_steps=5, lr_dense=0.01, lr_sparse=0.2, checkpoint_every_steps=4, patience=3

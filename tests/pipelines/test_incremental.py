@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipelines.incremental import Increment, IncrementalConfig, new_dates, require_same_model
-from pipelines.states import StateError, TrainedState
-from pipelines.trainer import TrainConfig
+from pipelines.training.incremental import Increment, IncrementalConfig, new_dates, require_same_model
+from pipelines.training.states import StateError, TrainedState
+from pipelines.training.trainer import TrainConfig
 
 DAYS = ("2026-01-01", "2026-01-02", "2026-01-03", "2026-01-04")
 

@@ -15,8 +15,8 @@ from ray.cluster_utils import Cluster
 from pipelines.adapters.canonical import CanonicalAdapter
 from pipelines.cluster import LOCAL_SETTINGS, ClusterConfig
 from pipelines.ingest import ingest
-from pipelines.train import train
-from pipelines.trainer import TrainConfig
+from pipelines.training.train import train
+from pipelines.training.trainer import TrainConfig
 from pipelines.world import SCALES, generate
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]

@@ -12,11 +12,11 @@ import pytest
 import torch
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 
-from pipelines.checkpoint import Checkpoints
-from pipelines.cursor import read_cursor
-from pipelines.trainer import Run, Task, TrainConfig, TrainResult, fit
-from pipelines.whole_state import read_unsharded
-from pipelines.workers import process_group
+from pipelines.training.checkpoint import Checkpoints
+from pipelines.training.cursor import read_cursor
+from pipelines.training.trainer import Run, Task, TrainConfig, TrainResult, fit
+from pipelines.training.whole_state import read_unsharded
+from pipelines.training.workers import process_group
 from tests.pipelines.gloo import fit_in_two, in_two
 
 TWO = TrainConfig(epochs=1, batch_size=32, warmup_steps=5, lr_dense=0.01, lr_sparse=0.2, num_workers=2)

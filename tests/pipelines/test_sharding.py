@@ -9,8 +9,8 @@ from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, KeyedJaggedTens
 from torchrec.distributed.planner import Topology
 from torchrec.modules.embedding_configs import PoolingType
 
-from pipelines.row_parts import RowParts, parts_of, split_tables
-from pipelines.sharding import SPREAD_ABOVE, Traffic, placement, plan_alone, table_planner
+from pipelines.training.row_parts import RowParts, parts_of, split_tables
+from pipelines.training.sharding import SPREAD_ABOVE, Traffic, placement, plan_alone, table_planner
 
 GIB = 2**30
 

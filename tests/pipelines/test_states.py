@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from features.dataset import Dataset
-from pipelines.checkpoint import Checkpoints
-from pipelines.states import KEPT, StateError, keep_state, open_state
-from pipelines.trainer import TrainConfig, fit
+from pipelines.training.checkpoint import Checkpoints
+from pipelines.training.states import KEPT, StateError, keep_state, open_state
+from pipelines.training.trainer import TrainConfig, fit
 
 
 @pytest.fixture(scope="module")

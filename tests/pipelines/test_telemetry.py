@@ -7,9 +7,9 @@ from dataclasses import replace
 
 import pytest
 
-from pipelines.progress import Progress
-from pipelines.telemetry import TelemetryError, telemetry
-from pipelines.train_config import TrainConfig
+from pipelines.training.progress import Progress
+from pipelines.training.telemetry import TelemetryError, telemetry
+from pipelines.training.train_config import TrainConfig
 from tests.pipelines.events import curve
 
 PROGRESS = Progress(

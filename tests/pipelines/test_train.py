@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 import torch
 
-from pipelines.batches import derived_seed
 from pipelines.cluster import ClusterConfig, cluster
-from pipelines.ledger import read_ledger
-from pipelines.progress import Progress, TrainResult
-from pipelines.train import Job, TrainingError, train, train_all
-from pipelines.trainer import TrainConfig, fit
+from pipelines.training.batches import derived_seed
+from pipelines.training.ledger import read_ledger
+from pipelines.training.progress import Progress, TrainResult
+from pipelines.training.train import Job, TrainingError, train, train_all
+from pipelines.training.trainer import TrainConfig, fit
 from tests.pipelines.events import curve
 
 CONFIG = TrainConfig(

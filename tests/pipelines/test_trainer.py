@@ -10,13 +10,13 @@ import pytest
 import torch
 
 from features.dataset import Dataset
-from pipelines.batches import ahead, training_steps, validation_steps
-from pipelines.checkpoint import Checkpoints
-from pipelines.cursor import read_cursor
-from pipelines.learner import NonFiniteLossError, NonFiniteStateError
-from pipelines.sharding import plan_table
-from pipelines.trainer import TrainConfig, fit
-from pipelines.whole_state import read_unsharded
+from pipelines.training.batches import ahead, training_steps, validation_steps
+from pipelines.training.checkpoint import Checkpoints
+from pipelines.training.cursor import read_cursor
+from pipelines.training.learner import NonFiniteLossError, NonFiniteStateError
+from pipelines.training.sharding import plan_table
+from pipelines.training.trainer import TrainConfig, fit
+from pipelines.training.whole_state import read_unsharded
 
 CONFIG = TrainConfig(epochs=3, batch_size=64, warmup_steps=5, lr_dense=0.01, lr_sparse=0.2, patience=3)
 
@@ -49,7 +49,7 @@ def test_export_is_the_whole_unsharded_state(toy_task, tmp_path):
 def test_a_checkpoint_in_many_files_holds_the_same_state(toy_task, tmp_path, monkeypatch):
     config = replace(CONFIG, epochs=1)
     fit(toy_task, config, out_dir=tmp_path / "one")
-    monkeypatch.setattr("pipelines.checkpoint.ONE_FILE_BYTES", 0)
+    monkeypatch.setattr("pipelines.training.checkpoint.ONE_FILE_BYTES", 0)
     fit(toy_task, config, out_dir=tmp_path / "many")
     one, many = ({p.name for p in (tmp_path / side).rglob("*.distcp")} for side in ("one", "many"))
     assert len(one) == 1 < len(many)

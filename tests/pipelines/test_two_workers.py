@@ -16,7 +16,7 @@ from features.dataset import Dataset
 from pipelines.metrics import normalised_entropy
 from pipelines.recipes import Recipe, Split, recipe
 from pipelines.stages import _ranker_task
-from pipelines.trainer import TrainConfig, fit
+from pipelines.training.trainer import TrainConfig, fit
 from pipelines.world import SCALES, generate
 from ranking.config import RankerConfig
 from ranking.infer import Ranker

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from pipelines.checkpoint import Checkpoints
-from pipelines.trainer import TrainConfig, fit
-from pipelines.warm_start import WarmStart
+from pipelines.training.checkpoint import Checkpoints
+from pipelines.training.trainer import TrainConfig, fit
+from pipelines.training.warm_start import WarmStart
 
 CONFIG = TrainConfig(epochs=1, batch_size=64, warmup_steps=5, lr_dense=0.01, lr_sparse=0.2)
 VIDEO_IDS = "video_ebc.embedding_bags.video_id.weight"

@@ -45,10 +45,10 @@ def losses() -> dict[str, list[float]]:
 
     from candidate_gen.train import TowersTask
     from features.dataset import Dataset
-    from pipelines.checkpoint import Checkpoints
     from pipelines.recipes import recipe
-    from pipelines.trainer import Run, TrainConfig
-    from pipelines.workers import process_group
+    from pipelines.training.checkpoint import Checkpoints
+    from pipelines.training.trainer import Run, TrainConfig
+    from pipelines.training.workers import process_group
     from pipelines.world import SCALES, generate
     from ranking.train import RankerTask
 

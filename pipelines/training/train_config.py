@@ -74,7 +74,7 @@ class TrainConfig:
     """Write a copy of the state while training goes on, which takes the state's memory once more on each worker; None:
     where a quarter of the free memory holds that copy."""
     ledger: bool = False
-    """Each worker writes down which units every step consumed (`pipelines.ledger`)."""
+    """Each worker writes down which units every step consumed (`pipelines.training.ledger`)."""
     mlflow: str | None = None
     """Also log to the MLflow server at this tracking URI; needs requirements/mlflow.txt."""
     prefetch: int = 2

@@ -13,9 +13,9 @@ import torch.distributed as dist
 from torch import nn
 
 from features.batch import Batch
-from pipelines.sharding import Sharded, dense_parameters
-from pipelines.train_config import TrainConfig
-from pipelines.workers import mean_of_workers
+from pipelines.training.sharding import Sharded, dense_parameters
+from pipelines.training.train_config import TrainConfig
+from pipelines.training.workers import mean_of_workers
 
 
 class NonFiniteError(RuntimeError):

@@ -12,9 +12,9 @@ import torch
 from safetensors import SafetensorError
 from torch.distributed.checkpoint.state_dict_loader import load
 
-from pipelines.checkpoint import CheckpointError
-from pipelines.row_parts import RowRange
-from pipelines.train_config import Task
+from pipelines.training.checkpoint import CheckpointError
+from pipelines.training.row_parts import RowRange
+from pipelines.training.train_config import Task
 
 _ALIGNED = 64
 

@@ -29,8 +29,8 @@ from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backwa
 from torchrec.optim.optimizers import in_backward_optimizer_filter
 from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 
-from pipelines.batches import derived_seed
-from pipelines.row_parts import RowRange, split_tables
+from pipelines.training.batches import derived_seed
+from pipelines.training.row_parts import RowRange, split_tables
 
 ALLOWED_SHARDING = {
     "cpu": [ShardingType.TABLE_WISE.value],
@@ -38,7 +38,7 @@ ALLOWED_SHARDING = {
 }
 """Kinds that keep a row whole. Column-wise would give each part of a row its own Adagrad accumulator and
 data-parallel tables would leave the fused optimizer, so both would change what is learnt with the number of workers.
-Row-wise sharding needs CUDA in TorchRec 1.8; on a CPU `pipelines.row_parts` does it with table-wise parts."""
+Row-wise sharding needs CUDA in TorchRec 1.8; on a CPU `pipelines.training.row_parts` does it with table-wise parts."""
 
 SPREAD_ABOVE = 1 / 16
 """Share of a GPU's memory above which a table must lie on all of them, row by row. Left to itself the planner puts a

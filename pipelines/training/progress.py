@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 
-from pipelines.cursor import EpochReport
-from pipelines.sharding import TablePlan
+from pipelines.training.cursor import EpochReport
+from pipelines.training.sharding import TablePlan
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

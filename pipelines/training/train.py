@@ -1,4 +1,4 @@
-"""Training under Ray Train: the same loop (`pipelines.trainer.fit`) in one worker process or in many.
+"""Training under Ray Train: the same loop (`pipelines.training.trainer.fit`) in one worker process or in many.
 
 A worker that dies, alone or with its machine, is replaced and the run goes on from its last checkpoint; an error in the
 code or the data ends it with that error. Workers tell their progress through a file beside the checkpoints, which the
@@ -18,11 +18,11 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pipelines.checkpoint import DISK_REFUSALS, CheckpointError, Checkpoints
 from pipelines.cluster import ClusterConfig, cluster, usable_cpus
-from pipelines.telemetry import telemetry
-from pipelines.trainer import Progress, Task, TrainConfig, TrainResult, fit
-from pipelines.warm_start import WarmStart
+from pipelines.training.checkpoint import DISK_REFUSALS, CheckpointError, Checkpoints
+from pipelines.training.telemetry import telemetry
+from pipelines.training.trainer import Progress, Task, TrainConfig, TrainResult, fit
+from pipelines.training.warm_start import WarmStart
 
 NODE_WAIT_S = 300.0
 """How long a run that lost a machine waits for another one."""

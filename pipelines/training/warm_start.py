@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 
-from pipelines.row_parts import RowRange
+from pipelines.training.row_parts import RowRange
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -8,11 +8,11 @@ import torch
 import torch.distributed as dist
 
 from features.batch import Batch, to_batch
-from pipelines.batches import Step, ahead
-from pipelines.progress import Pace
-from pipelines.sharding import Traffic
-from pipelines.train_config import Task
-from pipelines.workers import largest_of_workers, told_by_workers
+from pipelines.training.batches import Step, ahead
+from pipelines.training.progress import Pace
+from pipelines.training.sharding import Traffic
+from pipelines.training.train_config import Task
+from pipelines.training.workers import largest_of_workers, told_by_workers
 
 Loaded = tuple[Batch, dict[str, torch.Tensor]]
 

@@ -27,10 +27,10 @@ from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
-from pipelines.cursor import Cursor
-from pipelines.learner import NonFiniteStateError
-from pipelines.snapshot import Snapshot, Tensors, held, held_bytes
-from pipelines.workers import told_by_workers
+from pipelines.training.cursor import Cursor
+from pipelines.training.learner import NonFiniteStateError
+from pipelines.training.snapshot import Snapshot, Tensors, held, held_bytes
+from pipelines.training.workers import told_by_workers
 
 ONE_FILE_BYTES = 2**30
 """State of a worker up to which its part of a checkpoint is one file: the writer keeps a copy of every shard until its

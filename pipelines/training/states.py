@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from features.transforms import Encoder
-from pipelines.checkpoint import Checkpoints
+from pipelines.training.checkpoint import Checkpoints
 
 FORMAT = 1
 STATES = "training"

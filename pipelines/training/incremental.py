@@ -18,8 +18,8 @@ import numpy as np
 
 from features.examples import dates_of, ids_on, parts_of
 from features.transforms import Encoder
-from pipelines.states import StateError, TrainedState
-from pipelines.train_config import TrainConfig
+from pipelines.training.states import StateError, TrainedState
+from pipelines.training.train_config import TrainConfig
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -21,20 +21,20 @@ import torch
 import torch.distributed as dist
 
 from features.batch import Batch
-from pipelines.allocator import freed_memory_kept
-from pipelines.batches import VALIDATION, Step, derived_seed, training_steps, validation_steps
-from pipelines.checkpoint import Checkpoints
-from pipelines.cursor import Cursor, EpochReport, read_cursor
-from pipelines.learner import Learner, NonFiniteLossError, NonFiniteStateError
-from pipelines.ledger import Ledger, cut_ledger
-from pipelines.loader import load_batches, traffic_of
-from pipelines.progress import Pace, Progress, TrainResult
-from pipelines.repeatable import repeatable
-from pipelines.sharding import shard
-from pipelines.train_config import Task, TrainConfig
-from pipelines.warm_start import WarmStart, renew_rows
-from pipelines.whole_state import export_model
-from pipelines.workers import process_group, told_by_workers
+from pipelines.training.allocator import freed_memory_kept
+from pipelines.training.batches import VALIDATION, Step, derived_seed, training_steps, validation_steps
+from pipelines.training.checkpoint import Checkpoints
+from pipelines.training.cursor import Cursor, EpochReport, read_cursor
+from pipelines.training.learner import Learner, NonFiniteLossError, NonFiniteStateError
+from pipelines.training.ledger import Ledger, cut_ledger
+from pipelines.training.loader import load_batches, traffic_of
+from pipelines.training.progress import Pace, Progress, TrainResult
+from pipelines.training.repeatable import repeatable
+from pipelines.training.sharding import shard
+from pipelines.training.train_config import Task, TrainConfig
+from pipelines.training.warm_start import WarmStart, renew_rows
+from pipelines.training.whole_state import export_model
+from pipelines.training.workers import process_group, told_by_workers
 
 
 def fit(

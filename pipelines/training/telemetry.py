@@ -19,8 +19,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from pipelines.progress import Progress
-from pipelines.train_config import TrainConfig
+from pipelines.training.progress import Progress
+from pipelines.training.train_config import TrainConfig
 
 Listener = Callable[[Progress], None]
 

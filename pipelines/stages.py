@@ -241,10 +241,11 @@ def _towers_task(
     config: TowerConfig,
     train: tuple[str, ...],
     validation: tuple[str, ...],
-    earlier: Path | None,
-    lock: Path,
+    earlier: Path | None = None,
+    lock: Path | None = None,
 ) -> TowersTask:
-    hold_while_alive(lock)
+    if lock is not None:
+        hold_while_alive(lock)
     return TowersTask(Dataset.load(folder), config, train, validation, undated=earlier is None)
 
 
@@ -253,10 +254,11 @@ def _ranker_task(
     config: RankerConfig,
     train: tuple[str, ...],
     validation: tuple[str, ...],
-    earlier: Path | None,
-    lock: Path,
+    earlier: Path | None = None,
+    lock: Path | None = None,
 ) -> RankerTask:
-    hold_while_alive(lock)
+    if lock is not None:
+        hold_while_alive(lock)
     return RankerTask(Dataset.load(folder), config, train, validation, earlier)
 
 

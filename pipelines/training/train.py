@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -151,10 +152,22 @@ def _run_group(jobs: Sequence[Job]) -> _Failure | None:
         ),
     )
     try:
-        trainer.fit()
+        with _interrupts_stay_ours():
+            trainer.fit()
     except (TrainingFailedError, RayError) as failed:
         return _explain(failed)
     return None
+
+
+@contextmanager
+def _interrupts_stay_ours() -> Iterator[None]:
+    """Ray Train leaves its answer to Ctrl-C behind, which fails once its controller has gone."""
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    finally:
+        if before is not None and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, before)
 
 
 def _work(loop_config: dict[str, Any]) -> None:

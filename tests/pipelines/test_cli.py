@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import subprocess
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from pipelines import exits
 from pipelines.cli import app
 from pipelines.exits import exit_code
 from pipelines.recipes import recipe
@@ -38,6 +40,14 @@ def reelrank(*arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run(
         [sys.executable, "-m", "pipelines.cli", *arguments], capture_output=True, text=True, timeout=120, check=False
     )
+
+
+@pytest.mark.parametrize("name", [*exits.REFUSED, *exits.INPUT, *exits.FAILED])
+def test_errors_with_an_exit_code_exist_by_their_names(name: str):
+    module, _, kind = name.rpartition(".")
+    found = getattr(importlib.import_module(module), kind)
+    assert issubclass(found, Exception)
+    assert f"{found.__module__}.{found.__qualname__}" == name
 
 
 def test_help_lists_every_command():

@@ -98,8 +98,8 @@ def test_another_seed_gives_another_world(world_dir, tmp_path):
 def test_tables_have_the_canonical_schemas(world_dir):
     for path in world_dir.glob("events/*/*.parquet"):
         assert pq.read_schema(path).equals(schema.EVENTS)
-    for name in ("videos", "follows", "candidates"):
-        assert pq.read_schema(world_dir / f"{name}.parquet").equals(schema.TABLES[name])
+    for name, wanted in (("videos", schema.VIDEOS), ("follows", schema.FOLLOWS), ("candidates", schema.CANDIDATES)):
+        assert pq.read_schema(world_dir / f"{name}.parquet").equals(wanted)
     users = pq.read_schema(world_dir / "users.parquet")
     assert users.field("user_id").equals(schema.USERS.field("user_id"))
     assert {"region", "age_bucket", "declared_topic", "register_days"} <= set(users.names)

@@ -84,12 +84,12 @@ def test_a_source_without_a_quota_is_not_asked_and_one_that_does_not_exist_is_na
 
 def test_another_layout_is_refused_with_what_to_do(world) -> None:
     folder = world.stage(FeedConfig())
-    for layout in (3, 5):
+    for layout in (4, 6):
         (folder / "layout.json").write_text(json.dumps({"layout": layout}))
-        with pytest.raises(ValueError, match=f"bundle new has layout {layout}, this release reads 4: publish it again"):
+        with pytest.raises(ValueError, match=f"bundle new has layout {layout}, this release reads 5: publish it again"):
             FeedBundle.open(folder, "new")
     (folder / "layout.json").unlink()
-    with pytest.raises(ValueError, match="bundle old has layout 1, this release reads 4: publish it again"):
+    with pytest.raises(ValueError, match="bundle old has layout 1, this release reads 5: publish it again"):
         FeedBundle.open(folder, "old")
 
 

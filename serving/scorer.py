@@ -19,8 +19,10 @@ from ranking.infer import Engine, Ranker
 from ranking.products import DenseType
 
 Scorer = Literal["plain", "auto", "fp32", "bf16", "int8"]
-"""plain: as the bundle is; auto: compiled, in the precision that is best on this machine; or compiled in that one."""
+"""plain: as the bundle is; auto: compiled, in the precision that is best on this machine, or in fp32 where a bundle's
+answers in that one differ too much; or compiled in that one."""
 SCORERS: tuple[Scorer, ...] = get_args(Scorer)
+FAILURES = (ArithmeticError, OSError, RuntimeError, ValueError)
 _log = logging.getLogger(__name__)
 
 
@@ -38,36 +40,44 @@ def accelerate(
     """Put an engine in place, at once or by the thread that is returned. `folder`: the ranker's own."""
     if scorer == "plain":
         return None
-    dense: DenseType = best_dense_type() if scorer == "auto" else scorer
+    wanted = tuple(dict.fromkeys((best_dense_type(), "fp32"))) if scorer == "auto" else (scorer,)
     cache = cache or default_cache()
-    try:
-        if torch.device(device).type != "cpu":
-            engine = device_engine(ranker, torch.device(device), dense, capture_of(torch.device(device)))
-        else:
-            engine = load_engine(ranker, dense, cache)
-        if engine is not None:
+    for number, dense in enumerate(wanted):
+        try:
+            if torch.device(device).type != "cpu":
+                engine = device_engine(ranker, torch.device(device), dense, capture_of(torch.device(device)))
+            else:
+                engine = load_engine(ranker, dense, cache)
+            if engine is None:
+                arguments = (ranker, folder, wanted[number:], cache)
+                compiling = threading.Thread(
+                    target=_compile_and_use, args=arguments, name="compile-scorer", daemon=True
+                )
+                compiling.start()
+                return compiling
             _use(ranker, engine)
+        except FAILURES as error:
+            _log.warning("the %s scorer is not used: %s", dense, error)
+        else:
             return None
-    except (ArithmeticError, OSError, RuntimeError, ValueError) as error:
-        _log.warning("the %s scorer is not used: %s", dense, error)
-        return None
-    compiling = threading.Thread(
-        target=_compile_and_use, args=(ranker, folder, dense, cache), name="compile-scorer", daemon=True
-    )
-    compiling.start()
-    return compiling
+    return None
 
 
-def _compile_and_use(ranker: Ranker, folder: Path, dense: DenseType, cache: Path) -> None:
-    _log.info("compiling the %s scorer for this shape of ranker, once; plain fp32 answers meanwhile", dense)
-    try:
-        compile_apart(folder, dense, cache)
-        engine = load_engine(ranker, dense, cache)
-        if engine is None:
-            raise OSError(f"{cache}: the compiled scorer is gone")
-        _use(ranker, engine)
-    except (ArithmeticError, OSError, RuntimeError) as error:
-        _log.warning("plain fp32 goes on: %s", error)
+def _compile_and_use(ranker: Ranker, folder: Path, wanted: tuple[DenseType, ...], cache: Path) -> None:
+    """The first of these precisions that agrees with plain fp32, which answers meanwhile."""
+    for dense in wanted:
+        try:
+            if load_engine(ranker, dense, cache) is None:
+                _log.info("compiling the %s scorer for this shape of ranker, once; plain fp32 answers meanwhile", dense)
+                compile_apart(folder, dense, cache)
+            engine = load_engine(ranker, dense, cache)
+            if engine is None:
+                raise OSError(f"{cache}: the compiled scorer is gone")
+            _use(ranker, engine)
+        except FAILURES as error:
+            _log.warning("the %s scorer is not used, plain fp32 goes on: %s", dense, error)
+        else:
+            return
 
 
 def _use(ranker: Ranker, engine: Engine) -> None:

@@ -10,6 +10,7 @@ import pytest
 
 from ranking.compiled import best_dense_type, package_path
 from ranking.infer import Ranker
+from ranking.products import TOLERANCE
 from serving.scorer import accelerate
 from tests.ranking.test_scorer import asked, exported, of_ranker
 
@@ -28,6 +29,23 @@ def test_the_scorer_is_compiled_once_while_plain_answers(tmp_path: Path) -> None
     tomorrow = Ranker.load(tmp_path / "tomorrow")
     assert accelerate(tomorrow, tmp_path / "tomorrow", "auto", cache=cache) is None
     assert tomorrow.engine == f"compiled {best_dense_type()}"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(best_dense_type() == "fp32", reason="fp32 is the best there is here")
+def test_where_the_best_precision_differs_too_much_fp32_is_compiled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    exported(tmp_path / "ranker")
+    monkeypatch.setitem(TOLERANCE, best_dense_type(), 0.0)
+    ranker = Ranker.load(tmp_path / "ranker")
+    compiling = accelerate(ranker, tmp_path / "ranker", "auto", cache=tmp_path / "cache")
+    assert compiling is not None
+    compiling.join(timeout=280)
+    assert ranker.engine == "compiled fp32"
+    again = Ranker.load(tmp_path / "ranker")
+    assert accelerate(again, tmp_path / "ranker", "auto", cache=tmp_path / "cache") is None
+    assert again.engine == "compiled fp32"
 
 
 def test_without_a_compiler_plain_goes_on_and_says_why(

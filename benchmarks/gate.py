@@ -36,6 +36,9 @@ SPREAD = ("GAUC not below", "log loss not above", "recall@", "coverage", "concen
           "calibration", "towers give now", "coded tables", "distinct videos")  # fmt: skip
 """Rules whose figures are told over all retrains."""
 
+FIRST_SEED = 101
+"""Tolerances were set with seeds 2 to 11 in sight."""
+
 
 def main() -> None:
     """Train, plant, judge, print; `--json` also keeps the figures."""
@@ -56,7 +59,7 @@ def measure(scale: str, retrains: int, work: Path, shown: Stages) -> dict[str, A
     """Verdicts about all candidates."""
     machine, started = describe(("torch", "faiss-cpu", "ray")), time.monotonic()
     first = first_live(scale, work / "first", shown)
-    seeds = range(2, 2 + retrains)
+    seeds = range(FIRST_SEED, FIRST_SEED + retrains)
     runs = [retrain(first, seed, work / f"seed-{seed}", shown) for seed in seeds]
     passes = []
     for seed, ws in zip(seeds, runs, strict=True):

@@ -246,8 +246,12 @@ def test_the_report_of_a_run_that_failed_names_stage_error_and_exit_code(
     letters.in_between = fails_in_the_last
     shown = Stages()
     report = RunReport(shown, tmp_path / "no-folder" / "run.json", tmp_path / "report.json")
-    with pytest.raises((Exception, SystemExit)), report.guarded():
-        execute(letters.day, shown, after_each=report.save)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job inherits that it is ignored
+    try:
+        with pytest.raises((Exception, SystemExit)), report.guarded():
+            execute(letters.day, shown, after_each=report.save)
+    finally:
+        signal.signal(signal.SIGINT, before)
     written = json.loads((tmp_path / "report.json").read_text())
     assert (written["status"], written["exit_code"]) == ("failed", code)
     assert (written["error"]["stage"], written["error"]["message"]) == ("join", says)

@@ -8,6 +8,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 from datetime import UTC, datetime
 
+from features.durable import disk_told
 from pipelines.cluster import cluster
 from pipelines.console import Stage, Stages
 from pipelines.day import Day, DayStage, Turn
@@ -44,7 +45,7 @@ def execute(
             else:
                 if stage.on_ray or day.where.address is not None:
                     ray.enter_context(cluster(day.where))
-                with shown.stage(stage.name) as line:
+                with shown.stage(stage.name) as line, disk_told(day.ws.root):
                     line.why, line.fingerprint = decision.why, decision.fingerprint
                     after_each()
                     _do(decision, day, line, hashes)

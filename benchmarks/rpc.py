@@ -28,6 +28,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.callers import middle, together
 from benchmarks.funnel import server, users_and_instant
 from benchmarks.machine import cpu_s, describe_at_rest, line
 from features.artifacts import Registry
@@ -117,7 +118,7 @@ def measure(registry: Path, scorer: Scorer, n_candidates: int, n_requests: int, 
         process, address = servers["side by side"]
         alone = [_by_turns(feed, address, process.pid, requests) for _ in range(rounds + 1)][1:]
         many = [_both_ways(servers, asked, rounds) for asked in (requests, few)]
-    one = _middle(alone)
+    one = middle(alone)
     return {
         "candidates": n_candidates,
         "bytes": {"request": requests[0].ByteSize(), "answer": int(one.pop("answer_bytes"))},
@@ -139,7 +140,7 @@ def _both_ways(servers: dict[str, Any], requests: list[pb.RankRequest], rounds: 
     gains = [b["per_s"] / a["per_s"] for a, b in zip(found["side by side"], found["batched"], strict=True)]
     return {
         "candidates": len(requests[0].video_ids),
-        "servers": {name: _middle(rounds_of) for name, rounds_of in found.items()},
+        "servers": {name: middle(rounds_of) for name, rounds_of in found.items()},
         "batching_gain": float(np.median(gains)),
     }
 
@@ -188,31 +189,15 @@ def _inputs(feed: Feed, request: pb.RankRequest) -> Any:
 
 async def _together(address: str, pid: int, requests: list[pb.RankRequest]) -> dict[str, float]:
     """Every request once more, from so many callers at a time."""
-    waiting, took = iter(requests), []
     async with grpc.aio.insecure_channel(address) as channel:
         stub = feed_pb2_grpc.FeedServiceStub(channel)
         await stub.Rank(requests[0], timeout=30)
-
-        async def caller() -> None:
-            for request in waiting:
-                begin_s = time.perf_counter()
-                await stub.Rank(request, timeout=30)
-                took.append((time.perf_counter() - begin_s) * 1000.0)
-
-        cpu, own_s, begin_s = cpu_s(pid), time.process_time(), time.perf_counter()
-        await asyncio.gather(*(caller() for _ in range(CALLERS)))
-        wall_s = time.perf_counter() - begin_s
-    return {
-        "per_s": len(requests) / wall_s,
-        "p50_ms": float(np.median(took)),
-        "p99_ms": float(np.percentile(took, 99)),
-        "server_cpu_ms": 1000.0 * (cpu_s(pid) - cpu) / len(requests),
-        "callers_cpu_ms": 1000.0 * (time.process_time() - own_s) / len(requests),
-    }
-
-
-def _middle(rounds: list[dict[str, float]]) -> dict[str, float]:
-    return {name: float(np.median([found[name] for found in rounds])) for name in rounds[-1]}
+        return await together(
+            lambda request: stub.Rank(request, timeout=30),
+            requests,
+            callers=CALLERS,
+            server_cpu_s=lambda: cpu_s(pid),
+        )
 
 
 def show(figures: dict[str, Any], console: Console) -> None:

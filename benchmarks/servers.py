@@ -26,6 +26,7 @@ import time
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import AsyncExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ import psutil
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.callers import middle, together
 from benchmarks.funnel import users_and_instant
 from benchmarks.machine import describe_at_rest, line
 from benchmarks.server_peers import MEDIA
@@ -118,7 +120,7 @@ def main() -> None:
         "scorer": options.scorer,
         "callers": CALLERS,
         "rounds": options.rounds,
-        "servers": {name: _middle(rounds) for name, rounds in found.items() if rounds},
+        "servers": {name: middle(rounds) for name, rounds in found.items() if rounds},
         "failed": failed,
         "machine": machine,
     }
@@ -202,9 +204,9 @@ async def _measured(kind: Kind, process: psutil.Popen, port: int, requests: list
     async with AsyncExitStack() as held:
         ask = await _asker(kind.wire, port + (kind.server == "ray_serve" and kind.wire == "grpc"), held)
         await _until_it_answers(ask, process, requests[0])
-        await _pass(ask, process, requests[: len(requests) // 2], CALLERS)
-        one = await _pass(ask, process, requests[: len(requests) // 4], 1)
-        many = await _pass(ask, process, requests, CALLERS)
+        await together(ask, requests[: len(requests) // 2], callers=CALLERS, server_cpu_s=partial(_cpu_s, process))
+        one = await together(ask, requests[: len(requests) // 4], callers=1, server_cpu_s=partial(_cpu_s, process))
+        many = await together(ask, requests, callers=CALLERS, server_cpu_s=partial(_cpu_s, process))
     return {f"one_{name}": value for name, value in one.items()} | {f"many_{name}": v for name, v in many.items()}
 
 
@@ -245,27 +247,6 @@ async def _until_it_answers(ask: Ask, process: psutil.Popen, request: pb.RankReq
             return
 
 
-async def _pass(ask: Ask, process: psutil.Popen, requests: list[pb.RankRequest], callers: int) -> dict[str, float]:
-    waiting, took = iter(requests), []
-
-    async def caller() -> None:
-        for request in waiting:
-            begin_s = time.perf_counter()
-            await ask(request)
-            took.append((time.perf_counter() - begin_s) * 1000.0)
-
-    before_s, own_s, begin_s = _cpu_s(process), time.process_time(), time.perf_counter()
-    await asyncio.gather(*(caller() for _ in range(callers)))
-    wall_s = time.perf_counter() - begin_s
-    return {
-        "per_s": len(requests) / wall_s,
-        "p50_ms": float(np.median(took)),
-        "p99_ms": float(np.percentile(took, 99)),
-        "server_cpu_ms": 1000.0 * (_cpu_s(process) - before_s) / len(requests),
-        "callers_cpu_ms": 1000.0 * (time.process_time() - own_s) / len(requests),
-    }
-
-
 def _cpu_s(process: psutil.Popen) -> float:
     """Of the process and all that it started and that still runs."""
     total = 0.0
@@ -274,10 +255,6 @@ def _cpu_s(process: psutil.Popen) -> float:
             times = member.cpu_times()
             total += times.user + times.system
     return total
-
-
-def _middle(rounds: list[dict[str, float]]) -> dict[str, float]:
-    return {name: float(np.median([found[name] for found in rounds])) for name in rounds[0]}
 
 
 def _free_port() -> int:

@@ -76,7 +76,7 @@ def histories_and_counters(
         )
         if workers == 1:
             counting.result()
-        history, ends_M = HistoryLog.build_with_ends(
+        history, ends_M = HistoryLog.build(
             n_users=len(users),
             user_row=user_row,
             video_row=video_row,

@@ -133,33 +133,12 @@ class HistoryLog:
         ts_ms: np.ndarray,
         signals: np.ndarray,
         watch_fraction: np.ndarray,
-    ) -> HistoryLog:
-        """Sort M events by (user, time, input order); events of the unknown user (row 0) are left out."""
-        log, _ = cls.build_with_ends(
-            n_users=n_users,
-            user_row=user_row,
-            video_row=video_row,
-            ts_ms=ts_ms,
-            signals=signals,
-            watch_fraction=watch_fraction,
-        )
-        return log
-
-    @classmethod
-    def build_with_ends(
-        cls,
-        *,
-        n_users: int,
-        user_row: np.ndarray,
-        video_row: np.ndarray,
-        ts_ms: np.ndarray,
-        signals: np.ndarray,
-        watch_fraction: np.ndarray,
         allocate: Allocate = in_memory,
         workers: int = 1,
     ) -> tuple[HistoryLog, np.ndarray]:
-        """The log, and for each event (M,) int64 what `ends_at` says at its instant: in the order of the log it is
-        where its run of equal times begins, so that nothing is searched for. 0 for the unknown user.
+        """Sort M events by (user, time, input order); events of the unknown user (row 0) are left out. Also, for each
+        event (M,) int64 what `ends_at` says at its instant: in the order of the log it is where its run of equal times
+        begins, so that nothing is searched for. 0 for the unknown user.
 
         Users are taken in shards, side by side; each has its own range of the log, whatever the number of workers.
         """

@@ -134,7 +134,7 @@ def _training(name: str, without: tuple[str, ...] = HOW_ONLY) -> Callable[[Day],
     def config(day: Day) -> dict[str, Any]:
         how: TrainConfig = getattr(day.ws.recipe, f"{name}_train")
         counted = {f.name: described(getattr(how, f.name)) for f in dataclasses.fields(how) if f.name not in without}
-        trained_on = _fields("incremental")(day) if Increment.load(day.ws.dataset_dir) is not None else {}
+        trained_on = _fields("incremental")(day) if Increment.made(day.ws.dataset_dir) else {}
         return {**_fields(name, "split")(day), f"{name}_train": counted, **trained_on}
 
     return config

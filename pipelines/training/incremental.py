@@ -21,6 +21,8 @@ from features.transforms import Encoder
 from pipelines.training.states import StateError, TrainedState
 from pipelines.training.train_config import TrainConfig
 
+RECORD = "increment.json"
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class IncrementalConfig:
@@ -64,15 +66,19 @@ class Increment:
         for name, rows in self.renewed.items():
             np.save(folder / f"renewed_{name}.npy", rows, allow_pickle=False)
         fields = {"base": self.base, "dates": self.dates, "dates_before": self.dates_before}
-        (folder / "increment.json").write_text(json.dumps({**fields, "renewed": sorted(self.renewed)}, indent=1))
+        (folder / RECORD).write_text(json.dumps({**fields, "renewed": sorted(self.renewed)}, indent=1))
+
+    @staticmethod
+    def made(folder: Path) -> bool:
+        """Whether the examples in the folder are an increment's, not those of a full training."""
+        return (folder / RECORD).exists()
 
     @classmethod
     def load(cls, folder: Path) -> Increment | None:
         """What `save` wrote; None where the examples are those of a full training."""
-        path = folder / "increment.json"
-        if not path.exists():
+        if not cls.made(folder):
             return None
-        written = json.loads(path.read_text())
+        written = json.loads((folder / RECORD).read_text())
         return cls(
             base=written["base"],
             dates=tuple(written["dates"]),

@@ -9,15 +9,15 @@ storage where training runs: what serves never reads it.
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import shutil
 import uuid
 from dataclasses import dataclass
 from pathlib import Path
 
+from features.digests import file_sha256
 from features.transforms import Encoder
+from pipelines.storage import copy_or_link
 from pipelines.training.checkpoint import Checkpoints
 
 FORMAT = 1
@@ -69,7 +69,8 @@ def keep_state(
             best = Checkpoints(training / model / "checkpoints").find("best")
             if best is None:
                 raise StateError(f"{training / model} holds no checkpoint: train before publishing")
-            shutil.copytree(best, partial / model / "checkpoint", copy_function=_link)
+            for part in best.iterdir():
+                copy_or_link(part, partial / model / "checkpoint" / part.name)
             for described in (training / model).glob("*.json"):
                 shutil.copy2(described, partial / model / described.name)
         written = {"format": FORMAT, "bundle": version, "dates": dates, "files": _hashes(partial)}
@@ -112,14 +113,5 @@ def _hashes(folder: Path) -> dict[str, list]:
     found = {}
     for path in sorted(folder.rglob("*")):
         if path.is_file() and path != folder / "trained.json":
-            with path.open("rb") as file:
-                digest = hashlib.file_digest(file, "sha256").hexdigest()
-            found[str(path.relative_to(folder))] = [path.stat().st_size, digest]
+            found[str(path.relative_to(folder))] = [path.stat().st_size, file_sha256(path)]
     return found
-
-
-def _link(source: str, target: str) -> None:
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copy2(source, target)

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 
 from pipelines.training.row_parts import RowRange
+from pipelines.training.workers import told_by_workers
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -56,9 +56,7 @@ def _first_rows(tensors: Mapping[str, torch.Tensor], rows: Mapping[str, RowRange
         for first, part in _held(tensors[f"model/{name}"])
         if where.start + first == 0 and len(part)
     }
-    everyones: list[dict[str, torch.Tensor]] = [{}] * dist.get_world_size()
-    dist.all_gather_object(everyones, own)
-    return {table: row for found in everyones for table, row in found.items()}
+    return {table: row for found in told_by_workers(own) for table, row in found.items()}
 
 
 def _held(tensor: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:

@@ -28,7 +28,7 @@ def random_log(seed: int, n: int = 1500) -> HistoryLog:
         ts_ms=np.where(rng.random(n) < 0.2, UNDATED_TS_MS, ts_ms),
         signals=rng.integers(0, 2, n) << rng.integers(0, len(SIGNALS), n),
         watch_fraction=np.zeros(n, np.float32),
-    )
+    )[0]
 
 
 def eligible(seed: int) -> np.ndarray:
@@ -97,7 +97,7 @@ def test_two_users_by_hand() -> None:
         ts_ms=np.full(5, NOW_MS),
         signals=np.full(5, 1 << SIGNALS.index("like")),
         watch_fraction=np.zeros(5, np.float32),
-    )
+    )[0]
     config = replace(CONFIG, shrinkage=0.0, popularity_power=0.0)
     found = Covisits.count(log, np.ones(4, bool), config, before_ms=NOW_MS + 1)
     assert found.start.tolist() == [0, 0, 2, 4, 6]
@@ -134,7 +134,7 @@ def test_deleting_the_future_changes_no_count() -> None:
         ts_ms=log.ts_ms[past],
         signals=log.signals[past],
         watch_fraction=log.watch_fraction[past],
-    )
+    )[0]
     with_future = Covisits.count(log, allowed, CONFIG, before_ms=cut_ms)
     without = Covisits.count(kept, allowed, CONFIG, before_ms=cut_ms)
     assert len(without.neighbour) < len(Covisits.count(log, allowed, CONFIG).neighbour)
@@ -160,7 +160,7 @@ def test_a_query_asks_with_the_users_likes_newest_first() -> None:
         ts_ms=NOW_MS + np.arange(5),
         signals=np.array([like | long_view, like, hate, long_view, 0]),
         watch_fraction=np.zeros(5, np.float32),
-    )
+    )[0]
     window = log.windows(np.array([1]), np.array([5]), 8)
     rows, weights = liked(window, replace(CONFIG, feedback={"long_view": 1.0, "like": 2.0}, recency=0.5))
     assert rows.tolist() == [8, 5]

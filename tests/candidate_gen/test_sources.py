@@ -44,7 +44,7 @@ HISTORY = HistoryLog.build(
     ts_ms=NOW_MS - RNG.integers(1, 100, 3000) * HOUR_MS,
     signals=RNG.integers(0, 2, 3000) << SIGNALS.index("long_view"),
     watch_fraction=np.zeros(3000, np.float32),
-)
+)[0]
 COVISIT = CovisitConfig(feedback={"long_view": 1.0}, window_h=48.0)
 COVISITS = Covisits.count(HISTORY, np.arange(N + 1) > 0, COVISIT)
 ANN, COVISITED, FOLLOWED, POPULARITY, FRESH = SOURCES = (

@@ -76,7 +76,7 @@ def test_the_log_is_by_user_and_time_and_ends_are_what_a_search_finds(monkeypatc
     for _ in range(5):
         user, ts_ms = rng.integers(0, 30, 400), rng.integers(-5, 60, 400) * 10
         columns = {"video_row": np.arange(400), "signals": np.zeros(400, np.uint8), "watch_fraction": np.zeros(400)}
-        log, ends = HistoryLog.build_with_ends(n_users=29, user_row=user, ts_ms=ts_ms, workers=2, **columns)
+        log, ends = HistoryLog.build(n_users=29, user_row=user, ts_ms=ts_ms, workers=2, **columns)
         order = np.lexsort((np.arange(400), ts_ms, user))
         assert log.video_row.tolist() == order[user[order] > 0].tolist()
         assert ends.tolist() == log.ends_at(user, ts_ms).tolist()

@@ -219,6 +219,8 @@ def test_a_server_with_tokens_is_asked_with_one(world, browser, tmp_path):
         page.goto(f"http://127.0.0.1:{server.web_port}/")
         for token in ("not-the-right-secret", "a-long-enough-secret"):
             page.wait_for_selector("#ask[open]")
+            assert page.locator(".card").count() == 0, "nothing is shown to who has no token"
             page.fill("#token", token)
             page.click("#ask button")
         page.wait_for_selector(".card.now")
+        assert page.locator("#ask[open]").count() == 0
